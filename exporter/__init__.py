@@ -1,0 +1,100 @@
+"""Export convolutional networks, and prove that the export still computes the same thing.
+
+    import exporter
+    from pathlib import Path
+
+    report = exporter.run("resnet18", exporter.load_profile("default"), Path("build"))
+    report.raise_for_parity()
+
+Or stage by stage, each a function: `fold_batchnorm`, `export_onnx`, `calibrate`, a precision's
+``convert``, a runtime's ``build`` and ``open``, `collect_outputs`, `compare_outputs`,
+`measure_latency`, `count_flops`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from exporter.version import __version__
+
+if TYPE_CHECKING:
+    from exporter.calibration import calibrate
+    from exporter.errors import ExportError, ParityError
+    from exporter.flops import count_flops
+    from exporter.fold import fold_batchnorm
+    from exporter.latency import measure_latency
+    from exporter.parity import collect_outputs, compare_outputs
+    from exporter.pipeline import run
+    from exporter.plugins import load_model, load_precision, load_runtime
+    from exporter.profile import Profile, load_profile
+    from exporter.records import BatchRange, OnnxModel, Report, TensorSpec, Timing, Tolerance
+    from exporter.reference import TorchSession
+    from exporter.to_onnx import export_onnx
+    from exporter.weights import load_weights
+
+# Where each public name lives. It is loaded on first use, so `import exporter` is instant.
+_HOME = {
+    "BatchRange": "records",
+    "ExportError": "errors",
+    "OnnxModel": "records",
+    "ParityError": "errors",
+    "Profile": "profile",
+    "Report": "records",
+    "TensorSpec": "records",
+    "Timing": "records",
+    "Tolerance": "records",
+    "TorchSession": "reference",
+    "calibrate": "calibration",
+    "collect_outputs": "parity",
+    "compare_outputs": "parity",
+    "count_flops": "flops",
+    "export_onnx": "to_onnx",
+    "fold_batchnorm": "fold",
+    "load_model": "plugins",
+    "load_precision": "plugins",
+    "load_profile": "profile",
+    "load_runtime": "plugins",
+    "load_weights": "weights",
+    "measure_latency": "latency",
+    "run": "pipeline",
+}
+
+__all__ = [
+    "BatchRange",
+    "ExportError",
+    "OnnxModel",
+    "ParityError",
+    "Profile",
+    "Report",
+    "TensorSpec",
+    "Timing",
+    "Tolerance",
+    "TorchSession",
+    "__version__",
+    "calibrate",
+    "collect_outputs",
+    "compare_outputs",
+    "count_flops",
+    "export_onnx",
+    "fold_batchnorm",
+    "load_model",
+    "load_precision",
+    "load_profile",
+    "load_runtime",
+    "load_weights",
+    "measure_latency",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'exporter' has no attribute {name!r}")
+    value = getattr(import_module(f"exporter.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,220 @@
+"""``resnet-export``: the only module that prints, and the only one that exits."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exporter.errors import ExportError, ProfileError
+from exporter.version import __version__
+
+if TYPE_CHECKING:
+    from exporter.contracts import Advance, Progress
+
+EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, 2 usage,
+3 input refused, 4 environment unfit, 5 the bundle could not be written, 130 interrupted."""
+
+
+class Failure(click.ClickException):
+    """An `ExportError`, as the terminal shows it."""
+
+    def __init__(self, error: ExportError) -> None:
+        super().__init__(f"{error}\nHint: {error.hint}" if error.hint else str(error))
+        self.exit_code: int = error.exit_code  # type: ignore[misc]  # click's own, per class
+
+
+class Group(click.Group):
+    """The one place where an `ExportError` becomes a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ExportError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            raise Failure(error) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted: nothing was left behind.", err=True)
+            raise SystemExit(130) from None
+
+
+class Shape(click.ParamType[tuple[int, ...]]):
+    """``1x224x224``: channels, height, width."""
+
+    name = "CxHxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        parts = str(value).lower().replace("×", "x").split("x")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            self.fail(f"{value!r} is not a shape such as 1x224x224", param, ctx)
+        return tuple(map(int, parts))
+
+
+@click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
+@click.option("-m", "--model", default="resnet18", show_default=True, help="A built-in network.")
+@click.option(
+    "-p", "--precision", multiple=True, help="Repeatable, or a,b. Default: all in the profile."
+)
+@click.option(
+    "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build"),
+    show_default=True,
+    help="The bundle: a folder that is written whole or not at all.",
+)
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="A safetensors file in place of the built-in weights.",
+)
+@click.option("--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="A .npy file, (N, C, H, W) float32, in place of the draw from the training samples.",
+)
+@click.option("-t", "--target", multiple=True, help="Engine targets, say sm86,sm89. Repeatable.")
+@click.option("--batch", metavar="MIN,OPT,MAX", help="Batch range of the engines, say 1,8,32.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override any key of the profile, say timing.runs=50. Repeatable.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="resnet-export")
+@click.pass_context
+def main(ctx: click.Context, /, **asked: Any) -> None:
+    """Export a network, prove that it still computes the same thing, and time it.
+
+    Writes ONNX files and engines in every precision of the profile, compares each with the
+    unfolded PyTorch network in float64, and leaves a report beside them.
+    """
+    if ctx.invoked_subcommand:
+        return
+    from exporter.profile import load_profile
+
+    profile = load_profile(asked["profile"], _overrides(asked))
+    if asked["precision"]:
+        profile = profile.only(tuple(_split(asked["precision"])))
+    report = _export(profile, asked)
+    ctx.exit(1 if report.verdict == "fail" else 0)
+
+
+@main.command()
+def doctor() -> None:
+    """Say which runtimes can build and run on this machine, and why the others cannot."""
+    from exporter import plugins
+
+    for name in plugins.names("runtimes"):
+        runtime = plugins.load_runtime(name, {})
+        for action in ("build", "run"):
+            click.echo(f"{name:16} {action:6} {runtime.missing(action) or 'ready'}")
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("-m", "--model", default="resnet18", show_default=True, help="A built-in network.")
+def train(path: Path, model: str) -> None:
+    """Train a built-in network on its own samples, reproducibly, and write its weights to PATH."""
+    from exporter.plugins import load_model
+    from exporter.train import train as train_model
+
+    with _bars() as progress:
+        trained = train_model(load_model(model), path, progress=progress)
+    click.echo(f"{trained.path}: {trained.accuracy:.2%} on the held-out samples")
+    click.echo(f"SHA-256 {trained.sha256}")
+
+
+def _export(profile: Any, asked: dict[str, Any]) -> Any:
+    with _bars() as progress:
+        with progress("load PyTorch", None):
+            from rich.console import Console
+
+            from exporter import pipeline, samples
+            from exporter.renderers import terminal
+        calibration = asked["calibration"] and samples.load_array(asked["calibration"])
+        report = pipeline.run(
+            asked["model"],
+            profile,
+            asked["out"],
+            weights=asked["weights"],
+            input_shape=asked["input_shape"],
+            calibration=calibration,
+            progress=progress,
+        )
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, soft_wrap=True).print(terminal.render(report, asked["out"]))
+    return report
+
+
+def _overrides(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that replace keys of a profile, as dotted keys and values."""
+    found: dict[str, Any] = {}
+    if asked["target"]:
+        found["runtime.tensorrt-rtx.targets"] = _split(asked["target"])
+    if asked["batch"]:
+        sizes = asked["batch"].split(",")
+        if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+            raise ProfileError(f"--batch {asked['batch']}: expected MIN,OPT,MAX, say 1,8,32")
+        found |= zip(("batch.min", "batch.opt", "batch.max"), map(int, sizes), strict=True)
+    for setting in asked["settings"]:
+        key, equals, value = setting.partition("=")
+        if not (equals and key.strip()):
+            raise ProfileError(f"--set {setting}: expected KEY=VALUE, say timing.runs=50")
+        found[key.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    """Return the text as a TOML value; bare words are strings."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _split(values: tuple[str, ...]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Show a bar for each step on a terminal, and one line for each step elsewhere; on stderr."""
+    if not sys.stderr.isatty():
+        yield _line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        @contextmanager
+        def bar(what: str, total: int | None = None) -> Iterator[Advance]:
+            task = bars.add_task(what, total=total)
+            yield lambda: bars.advance(task)
+            bars.update(task, total=total or 1, completed=total or 1)
+
+        yield bar
+
+
+@contextmanager
+def _line(what: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG001 - a Progress
+    start = perf_counter()
+    yield lambda: None
+    click.echo(f"{perf_counter() - start:6.1f} s  {what}", err=True)

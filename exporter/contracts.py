@@ -1,0 +1,139 @@
+"""The interfaces. Implement one in one file, and the rest of the program has it.
+
+    Model       models/<name>.py       what is exported
+    Precision   precisions/<name>.py   how its numbers are stored      ONNX → ONNX
+    Runtime     runtimes/<name>.py     where it runs                   ONNX → Session
+    Session                            a loaded model: feed → outputs
+
+A runtime never asks which precision a graph is in: the graph's own types say so. And it executes
+at that precision: faster-but-looser arithmetic is off unless an option of the runtime asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+
+from exporter.records import Asked, Feed, OnnxModel, Outputs, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+Action: TypeAlias = Literal["build", "run"]
+
+
+class Plugin(Asked, frozen=True, kw_only=True):
+    """Base of every plug-in: its fields are the keys a profile may set."""
+
+
+class Model(Protocol):
+    """A network, the tensors it takes and gives, and where its weights and samples are."""
+
+    input: ClassVar[TensorSpec]
+    output: ClassVar[TensorSpec]
+    data: ClassVar[str]
+    weights: ClassVar[Path]
+
+    def module(self) -> nn.Module:
+        """Return the network, freshly initialised, in eval mode."""
+
+
+class TensorStatistics(Protocol):
+    """What calibration saw of one tensor."""
+
+    @property
+    def amax(self) -> float:
+        """Return the largest magnitude seen."""
+
+    def percentile(self, percent: float) -> float:
+        """Return the smallest magnitude that ``percent`` % of all elements do not exceed."""
+
+
+Statistics: TypeAlias = Mapping[str, TensorStatistics]
+
+
+class Converted(NamedTuple):
+    """A graph in its new precision, and what a reader must know of it, one sentence each."""
+
+    model: onnx.ModelProto
+    notes: tuple[str, ...] = ()
+
+
+class Precision(Protocol):
+    """A rewrite of the FP32 graph into one whose types say what they are."""
+
+    needs_statistics: ClassVar[bool]
+
+    def convert(self, model: onnx.ModelProto, statistics: Statistics) -> Converted:
+        """Return the graph in this precision. The argument is left as it was.
+
+        Raises `GraphError` where the graph cannot be stored so without changing what it means.
+        """
+
+
+class Runtime(Protocol):
+    """Something that can execute an ONNX graph."""
+
+    def missing(self, action: Action) -> str | None:
+        """Return what this machine lacks to build or to run, or None if it lacks nothing."""
+
+    def build(self, model: OnnxModel, folder: Path) -> Path:
+        """Return the file `open` reads: a new one in ``folder``, or the ONNX file itself.
+
+        Raises `BuildError` where the runtime refuses the graph.
+        """
+
+    def open(self, path: Path) -> AbstractContextManager[Session]:
+        """Load it, and let go of it afterwards. Raises `BuildError` where it cannot be loaded."""
+
+    def describe(self, path: Path) -> tuple[str, ...]:
+        """Return what a reader of its figures must know, say an option set for correctness."""
+
+
+class Session(Protocol):
+    """Anything that computes: an engine, an ONNX file, or the PyTorch module itself."""
+
+    @property
+    def threads(self) -> int:
+        """Return how many CPU threads it computes with."""
+
+    def __call__(self, feed: Feed) -> Outputs:
+        """Return the outputs for one batch."""
+
+    def bind(self, feed: Feed) -> Callable[[], Any]:
+        """Put the batch where the model reads it; calling the result runs once, and waits."""
+
+
+class Progress(Protocol):
+    """Told what is happening. ``total`` is None where a step has no parts to count."""
+
+    def __call__(self, what: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Announce a step; call the result after each part of it."""
+
+
+Advance: TypeAlias = Callable[[], object]
+
+
+@contextmanager
+def silent(what: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG001 - a Progress
+    """Tell nobody: the progress of a library call."""
+    yield lambda: None
+
+
+__all__ = [
+    "Action",
+    "Advance",
+    "Converted",
+    "Model",
+    "Plugin",
+    "Precision",
+    "Progress",
+    "Runtime",
+    "Session",
+    "Statistics",
+    "TensorStatistics",
+    "silent",
+]

@@ -1,0 +1,94 @@
+"""Everything this package raises on purpose, and the exit code the command gives it.
+
+    ExportError            str(error) is one sentence fit to show a user; .hint says what to type
+    ├── ProfileError    2  a profile, or an option that overrides it, says something unreadable
+    ├── UnknownName     2  no such model, precision, runtime, target or profile
+    ├── InputRefused    3  weights, calibration data or an input shape that cannot be used
+    ├── GraphError      3  a network cannot be traced, folded, exported or converted
+    ├── RuntimeMissing  4  the runtime's package or its device is not on this machine
+    ├── BuildError      4  a runtime refused the graph
+    ├── OutputError     5  the bundle could not be written
+    └── ParityError     1  outputs differ from PyTorch's by more than the profile allows
+
+Anything else that escapes is a bug, and looks like one.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class ExportError(Exception):
+    """Base of every error below."""
+
+    exit_code: ClassVar[int] = 3
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ProfileError(ExportError):
+    """A profile, or an option that overrides it, says something unreadable."""
+
+    exit_code = 2
+
+
+class UnknownName(ExportError):
+    """No such model, precision, runtime, target or profile."""
+
+    exit_code = 2
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"no {kind} named {name!r}", hint=nearest(name, known))
+
+
+class InputRefused(ExportError):
+    """Weights, calibration data or an input shape that cannot be used."""
+
+    exit_code = 3
+
+
+class GraphError(ExportError):
+    """A network cannot be traced, folded, exported or converted."""
+
+    exit_code = 3
+
+
+class RuntimeMissing(ExportError):
+    """The runtime's package or its device is not on this machine."""
+
+    exit_code = 4
+
+
+class BuildError(ExportError):
+    """A runtime refused the graph."""
+
+    exit_code = 4
+
+
+class OutputError(ExportError):
+    """The bundle could not be written."""
+
+    exit_code = 5
+
+
+class ParityError(ExportError):
+    """Outputs differ from PyTorch's by more than the profile allows."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the closest known words, or lists them all."""
+    known = sorted(known)
+    by_lower = {word.lower(): word for word in known}
+    close = [by_lower[word] for word in get_close_matches(name.lower(), by_lower, n=3)]
+    if not close:
+        return f"known: {', '.join(known) or 'none'}"
+    *others, last = map(repr, close)
+    return f"did you mean {', '.join(others) + ' or ' if others else ''}{last}?"

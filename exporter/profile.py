@@ -1,0 +1,169 @@
+"""A profile says where a model will run and what 'good' means there. One TOML file each.
+
+It says everything about the target and nothing about the model. Profiles that ship with the
+package are found by name, a user's own by its path; options on the command line override keys.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter.errors import ProfileError, UnknownName, nearest
+from exporter.plugins import load_precision, load_runtime
+from exporter.records import Asked, BatchRange, Calibration, ParityInputs, Timing, Tolerance
+from exporter.strict import read
+
+OPSETS = range(19, 25)  # 19: Q/DQ with half scales; 24: the newest that torch 2.13 writes
+_LARGEST = 1 << 20  # bytes; a profile is a page
+
+
+class PrecisionChoice(Asked, frozen=True):
+    """What a precision must achieve on the model's held-out samples and on noise; its options.
+
+    A gate left out is not checked, and a precision without gates is reported as not checked.
+    """
+
+    tolerance: Tolerance = Tolerance()
+    random_tolerance: Tolerance = Tolerance()
+    options: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+
+
+class Profile(Asked, frozen=True):
+    """Where a model will run, and what is good enough there. Read one with `load_profile`."""
+
+    about: str
+    runtime: dict[str, dict[str, Any]]
+    precision: dict[str, PrecisionChoice]
+    batch: BatchRange = BatchRange()
+    timing: Timing = Timing()
+    parity: ParityInputs = ParityInputs()
+    calibration: Calibration = Calibration()
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, found {self.opset}")
+        if not self.runtime:
+            raise ValueError("no runtime: add a table such as [runtime.ort-cpu]")
+        if not self.precision:
+            raise ValueError("no precision: add a table such as [precision.fp32]")
+        outside = [b for b in self.timing.batches if not self.batch.min <= b <= self.batch.max]
+        if outside:
+            allowed = f"{self.batch.min} to {self.batch.max}"
+            raise ValueError(f"timing.batches must lie in batch ({allowed}), found {outside[0]}")
+
+    def only(self, precisions: tuple[str, ...]) -> Profile:
+        """Return the profile with just these precisions. Raises `ProfileError` for one it lacks."""
+        for name in precisions:
+            if name not in self.precision:
+                raise ProfileError(
+                    f"the profile has no table [precision.{name}], so nothing says what is good "
+                    "enough for it",
+                    hint=nearest(name, self.precision),
+                )
+        kept = {name: self.precision[name] for name in self.precision if name in precisions}
+        return msgspec.structs.replace(self, precision=kept)
+
+    def to_toml(self) -> str:
+        """Return the profile as TOML that `load_profile` reads back to the same profile."""
+        return msgspec.toml.encode(self).decode()
+
+
+def profile_names() -> tuple[str, ...]:
+    """Return the names of the profiles that ship with the package."""
+    return tuple(sorted(_builtin()))
+
+
+def load_profile(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Return a built-in profile by name, or the one in a ``.toml`` file.
+
+    ``overrides`` are dotted keys and values that replace the file's, say ``{"timing.runs": 20}``.
+    Raises `UnknownName` for an unknown name, `ProfileError` for anything else: a file that cannot
+    be read, a wrong key or value (naming the key, what was found and the nearest allowed), an
+    unknown runtime or precision or one of its options.
+    """
+    path = Path(name_or_path)
+    source: Traversable
+    if path.suffix == ".toml":
+        source, where = path, path.name
+    else:
+        known = _builtin()
+        if str(name_or_path) not in known:
+            raise UnknownName("profile", str(name_or_path), known)
+        source, where = known[str(name_or_path)], f"{name_or_path}.toml"
+    table = _parse(source, where)
+    for key, value in (overrides or {}).items():
+        _override(table, key, value)
+    return read_profile(table, where=where)
+
+
+def read_profile(table: Mapping[str, Any], *, where: str) -> Profile:
+    """Return a table as a profile whose plug-ins and options are all known to exist.
+
+    Raises `ProfileError` or `UnknownName`; no framework is imported.
+    """
+    choices = {
+        name: read(PrecisionChoice, choice, where=f"{where}: precision.{name}")
+        for name, choice in _tables(table, "precision", where)
+    }
+    runtimes = dict(_tables(table, "runtime", where))
+    rest = {key: value for key, value in table.items() if key not in ("precision", "runtime")}
+    profile = read(
+        Profile,
+        {**rest, "runtime": runtimes, "precision": msgspec.to_builtins(choices)},
+        where=where,
+    )
+    for name, options in profile.runtime.items():
+        load_runtime(name, options, where=f"{where}: runtime.{name}")
+    for name, choice in profile.precision.items():
+        load_precision(name, choice.options, where=f"{where}: precision.{name}.options")
+    return profile
+
+
+def _builtin() -> dict[str, Traversable]:
+    found = files("exporter.profiles").iterdir()
+    return {f.name.removesuffix(".toml"): f for f in found if f.name.endswith(".toml")}
+
+
+def _parse(source: Traversable, where: str) -> dict[str, Any]:
+    try:
+        with source.open("rb") as stream:
+            text = stream.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ProfileError(f"{where}: larger than {_LARGEST} bytes, so not a profile")
+        return tomllib.loads(text.decode("utf-8"))
+    except FileNotFoundError as error:
+        hint = f"built-in profiles: {', '.join(profile_names())}"
+        raise ProfileError(f"{where}: no such file", hint=hint) from error
+    except OSError as error:
+        raise ProfileError(f"{where}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ProfileError(f"{where}: not valid TOML: {error}") from error
+
+
+def _tables(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    found = table.get(key, {})
+    if not isinstance(found, dict):
+        raise ProfileError(f"{where}: {key}: expected tables such as [{key}.x], found {found!r}")
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: {key}.{name}: expected a table, found {value!r}")
+    return list(found.items())
+
+
+def _override(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ProfileError(f"{key}: {parent!r} is a value, not a table")
+    table[last] = value

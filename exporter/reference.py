@@ -1,0 +1,51 @@
+"""PyTorch as a session, so that the reference is run, timed and compared like everything else.
+
+In float64 it is the truth that artefacts are compared with; in float32 it is the baseline for
+latency, and its own distance from float64 is the noise floor that errors are counted in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporter.records import Feed, Outputs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSession:
+    """An eager PyTorch module on the CPU, in eval mode, computing in ``dtype``."""
+
+    module: nn.Module
+    output: str
+    dtype: torch.dtype
+    threads: int
+
+    @classmethod
+    def of(cls, module: nn.Module, output: str, *, double: bool = False) -> TorchSession:
+        """Wrap a module with one input and one output; a copy of it where it must be cast."""
+        import torch
+
+        dtype = torch.float64 if double else torch.float32
+        cast = deepcopy(module).to(dtype) if double else module
+        return cls(cast.eval(), output, dtype, torch.get_num_threads())
+
+    def __call__(self, feed: Feed) -> Outputs:
+        return {self.output: self.bind(feed)().numpy()}
+
+    def bind(self, feed: Feed) -> Callable[[], Any]:
+        import torch
+
+        tensors = [torch.from_numpy(value).to(self.dtype) for value in feed.values()]
+
+        def step() -> Any:
+            with torch.inference_mode():
+                return self.module(*tensors)
+
+        return step

@@ -1,0 +1,103 @@
+"""Figures as words, the same on every page."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from exporter.records import Artefact, File, Latency, Parity, Report
+
+EVERY_P99 = 662  # samples that support a p99 at 99 % confidence (MLPerf Inference, early stopping)
+
+
+class Row(NamedTuple):
+    """One line of the main table."""
+
+    artefact: str
+    size: str
+    verdict: str
+    sqnr: str
+    agreement: str
+    latency: str
+    speedup: str
+
+
+HEADS = Row("artefact", "size", "parity", "SQNR", "top-1 agreement", "p50 latency", "vs PyTorch")
+
+
+def rows(report: Report) -> list[Row]:
+    """Return the main table: PyTorch, then every artefact, at the first batch size timed."""
+    batch = report.latency[0].batch if report.latency else 0
+    timed = {latency.name: latency for latency in report.latency if latency.batch == batch}
+    pytorch = report.latency[0] if report.latency else None
+    held_out = report.pytorch[0]
+    table = [
+        Row(
+            pytorch.name if pytorch else "PyTorch",
+            "",
+            "the reference is its float64",
+            decibels(held_out.sqnr_db),
+            share(held_out.agreement),
+            milliseconds(pytorch),
+            "1.00 ×" if pytorch else "",
+        )
+    ]
+    for artefact in report.artefacts:
+        latency = timed.get(artefact.name)
+        parity = artefact.parity[0] if artefact.parity else None
+        table.append(
+            Row(
+                artefact.name,
+                size(artefact.file),
+                verdict(artefact),
+                decibels(parity.sqnr_db if parity else None),
+                share(parity.agreement if parity else None),
+                milliseconds(latency),
+                f"{pytorch.p50_ms / latency.p50_ms:.2f} ×" if latency and pytorch else "",
+            )
+        )
+    return table
+
+
+def verdict(artefact: Artefact) -> str:
+    if artefact.refused:
+        return "FAIL: not made"
+    if artefact.verdict == "fail":
+        return "FAIL"
+    if artefact.not_run:
+        return f"not checked: built, not run: {artefact.not_run}"
+    return artefact.verdict
+
+
+def size(file: File | None) -> str:
+    return f"{file.size / 1e6:.1f} MB" if file else ""
+
+
+def decibels(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def milliseconds(latency: Latency | None) -> str:
+    return f"{latency.p50_ms:.2f} ms" if latency else ""
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else format(value, form)
+
+
+def one_minus(cosine: float | None) -> str:
+    """Return 1 − cosine: 1.000000 says nothing."""
+    return "" if cosine is None else f"{max(0.0, 1 - cosine):.1e}"
+
+
+def gates(parity: Parity) -> str:
+    signs = {True: "≤", False: "≥"}
+    upper = parity.tolerance.UPPER
+    bounds = parity.tolerance.bounds().items()
+    return ", ".join(f"{name} {signs[name in upper]} {bound:g}" for name, bound in bounds) or "none"

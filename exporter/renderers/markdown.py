@@ -1,0 +1,233 @@
+"""The report as Markdown: what was made, whether it is right, what it costs, how fast it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from exporter.records import Artefact, Cost, Latency, Parity, Report
+from exporter.renderers import _figures as figures
+
+
+def render(report: Report) -> str:
+    """Return the report as one Markdown page."""
+    sections = (
+        _head(report),
+        _artefacts(report),
+        _parity(report),
+        _fold(report),
+        _cost(report),
+        _latency(report),
+        _environment(report),
+    )
+    return "\n".join(line for section in sections for line in (*section, ""))
+
+
+def _head(report: Report) -> list[str]:
+    source = report.source
+    shape = "×".join(map(str, source.input.shape))
+    return [
+        f"# {source.model}: {report.verdict.upper()}",
+        "",
+        report.profile["about"] + ".",
+        "",
+        f"- input `{source.input.name}` N×{shape} {source.input.dtype}, output "
+        f"`{source.output.name}` N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
+        f"{source.opset}, batch {_batch(report)}",
+        f"- {source.parameters:,} parameters; weights `{source.weights}`, "
+        f"SHA-256 `{source.weights_sha256}`",
+        f"- calibrated on {report.calibration}" if report.calibration else "- not calibrated",
+    ]
+
+
+def _batch(report: Report) -> str:
+    batch = report.profile["batch"]
+    return f"{batch['min']} to {batch['max']}, tuned for {batch['opt']}"
+
+
+def _artefacts(report: Report) -> list[str]:
+    lines = ["## Artefacts", "", *_table(figures.HEADS, figures.rows(report))]
+    if report.failures:
+        lines += ["", *(f"- **{_escape(failure)}**" for failure in report.failures)]
+    for variant in report.variants:
+        lines += ["", *(f"- {variant.precision}: {_escape(note)}" for note in variant.notes)]
+    lines += [
+        f"- {artefact.name}: {_escape(note)}"
+        for artefact in report.artefacts
+        for note in (*_targets(artefact), *artefact.notes)
+    ]
+    return lines
+
+
+def _targets(artefact: Artefact) -> tuple[str, ...]:
+    if not artefact.targets or not artefact.build_seconds:
+        return ()
+    targets = ", ".join(artefact.targets)
+    return (f"one engine for {targets}, built in {artefact.build_seconds:.1f} s",)
+
+
+def _parity(report: Report) -> list[str]:
+    heads = (
+        *("compared with float64 PyTorch", "on", "largest error", "relative L2", "SQNR"),
+        *("1 − cosine", "top-1 agreement", "accuracy", "× float32 noise", "gates", "verdict"),
+    )
+    named = [("PyTorch float32", parity, "") for parity in report.pytorch]
+    named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
+    reference = report.pytorch[0].reference_accuracy
+    return [
+        "## Parity",
+        "",
+        *_table(heads, (_parity_row(name, parity, said) for name, parity, said in named)),
+        "",
+        "The reference is the unfolded network in float64, accuracy "
+        f"{figures.share(reference)}. Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is "
+        "−20 log₁₀ of it, cosine is the smallest of one sample, and the float32 noise is PyTorch "
+        "float32's own relative L2 against float64 on the same inputs.",
+        *_not_run(report),
+    ]
+
+
+def _parity_row(name: str, parity: Parity, said: str) -> Sequence[str]:
+    return (
+        name,
+        parity.inputs,
+        figures.number(parity.max_abs),
+        figures.number(parity.rel_l2),
+        figures.decibels(parity.sqnr_db),
+        figures.one_minus(parity.cosine),
+        figures.share(parity.agreement),
+        figures.share(parity.accuracy),
+        figures.number(parity.noise_multiple, ".3g"),
+        figures.gates(parity) if said else "",
+        said,
+    )
+
+
+def _not_run(report: Report) -> list[str]:
+    missing = [a for a in report.artefacts if a.not_run and not a.refused]
+    return [""] * bool(missing) + [
+        f"- {a.name}: built, not run: {a.not_run}. Its numbers are not checked." for a in missing
+    ]
+
+
+def _fold(report: Report) -> list[str]:
+    fold = report.fold
+    error = "not finite" if fold.float64_rel_l2 is None else f"{fold.float64_rel_l2:.1e}"
+    return [
+        "## BatchNorm",
+        "",
+        f"{fold.folded} of {len(fold.fates)} folded. Folded against unfolded, both in float64: "
+        f"relative L2 {error}.",
+        "",
+        *(f"- {_escape(str(fate))}" for fate in fold.fates),
+    ]
+
+
+def _cost(report: Report) -> list[str]:
+    costs = {v.precision: v.cost for v in report.variants if v.cost}
+    if not costs:
+        return ["## Cost", "", "No graph was made, so none was counted."]
+    totals = [
+        (
+            precision,
+            f"{cost.macs:,}",
+            f"{cost.flops:,}",
+            f"{cost.parameters:,}",
+            f"{cost.weight_bytes:,}",
+            f"{cost.activation_bytes:,}",
+            ", ".join(f"{n} × {op}" for op, n in cost.uncounted.items()) or "none",
+        )
+        for precision, cost in costs.items()
+    ]
+    heads = (
+        *("graph", "MACs", "FLOPs", "parameters", "weight bytes", "activation bytes"),
+        "not counted",
+    )
+    precision, first = next(iter(costs.items()))
+    return [
+        "## Cost of one sample",
+        "",
+        "Counted on the deployed graphs, after folding; a multiply-accumulate (MAC) is two FLOPs.",
+        "",
+        *_table(heads, totals),
+        "",
+        f"Layer by layer, {precision}:",
+        "",
+        *_layers(first),
+    ]
+
+
+def _layers(cost: Cost) -> list[str]:
+    heads = ("layer", "operator", "output", "MACs", "parameters", "weight bytes", "output bytes")
+    return _table(
+        heads,
+        (
+            (
+                layer.name,
+                layer.op,
+                "×".join(map(str, layer.output_shape)),
+                f"{layer.macs:,}",
+                f"{layer.parameters:,}",
+                f"{layer.weight_bytes:,}",
+                f"{layer.activation_bytes:,}",
+            )
+            for layer in cost.layers
+        ),
+    )
+
+
+def _latency(report: Report) -> list[str]:
+    heads = ("candidate", "batch", "threads", "samples", "p50 ms", "p90 ms", "p99 ms", "images/s")
+    few = any(len(latency.samples_ms) < figures.EVERY_P99 for latency in report.latency)
+    lines = [
+        "## Latency",
+        "",
+        "Wall-clock time of one batch on this machine, after "
+        f"{report.profile['timing']['warmup']} warm-up rounds; all candidates in turn, so that "
+        "drift hits all alike; inputs in place before the clock starts.",
+        "",
+        *_table(heads, map(_latency_row, report.latency)),
+    ]
+    if few:
+        lines += [
+            "",
+            f"A p99 is only supported by {figures.EVERY_P99} samples or more; with fewer it is "
+            "shown, and means little.",
+        ]
+    return lines
+
+
+def _latency_row(latency: Latency) -> Sequence[str]:
+    return (
+        latency.name,
+        str(latency.batch),
+        str(latency.threads),
+        str(len(latency.samples_ms)),
+        f"{latency.p50_ms:.2f}",
+        f"{latency.p90_ms:.2f}",
+        f"{latency.p99_ms:.2f}",
+        f"{latency.per_second:.1f}",
+    )
+
+
+def _environment(report: Report) -> list[str]:
+    stages = ", ".join(f"{stage.name} {stage.seconds:.1f} s" for stage in report.stages)
+    versions = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    return [
+        "## Made with",
+        "",
+        f"{report.tool}; {versions}.",
+        "",
+        f"Stages: {_escape(stages)}.",
+    ]
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    body = [f"| {' | '.join(map(_escape, row))} |" for row in rows]
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *body]
+
+
+def _escape(text: str) -> str:
+    """Return the text as Markdown that shows it, whatever a layer or a file is called."""
+    for character in "\\`*<|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())

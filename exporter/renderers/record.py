@@ -1,0 +1,82 @@
+"""The report as JSON: the record itself, and beside it the figures that follow from it.
+
+Reading ignores those, so that a figure has one source: `parse(render(report)) == report`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from exporter.errors import InputRefused
+from exporter.records import SCHEMA, Artefact, Cost, Latency, Parity, Report
+
+
+def render(report: Report) -> str:
+    """Return the report as JSON, with verdicts, percentiles and totals written out."""
+    table = msgspec.to_builtins(report)
+    table = {"schema": table.pop("schema"), "verdict": report.verdict, **table}
+    table["failures"] = list(report.failures)
+    for parity, entry in zip(report.pytorch, table["pytorch"], strict=True):
+        entry |= _parity(parity)
+    for variant, entry in zip(report.variants, table["variants"], strict=True):
+        if variant.cost:
+            entry["cost"] |= _cost(variant.cost)
+        for artefact, part in zip(variant.artefacts, entry["artefacts"], strict=True):
+            part |= _artefact(artefact, part)
+    for latency, entry in zip(report.latency, table["latency"], strict=True):
+        entry |= _latency(latency)
+    return msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n"
+
+
+def parse(text: str | bytes) -> Report:
+    """Return the report that `render` wrote. Raises `InputRefused` for anything else."""
+    try:
+        report = msgspec.json.decode(text, type=Report)
+    except msgspec.DecodeError as error:
+        raise InputRefused(f"not a report of this tool: {error}") from error
+    if report.schema != SCHEMA:
+        raise InputRefused(f"a report of schema {report.schema}, where {SCHEMA} can be read")
+    return report
+
+
+def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
+    for parity, entry in zip(artefact.parity, part["parity"], strict=True):
+        entry |= _parity(parity)
+    return {
+        "name": artefact.name,
+        "verdict": artefact.verdict,
+        "failures": list(artefact.failures),
+    }
+
+
+def _parity(parity: Parity) -> dict[str, Any]:
+    sqnr = parity.sqnr_db
+    return {
+        "verdict": parity.verdict,
+        "sqnr_db": sqnr if sqnr is not None and math.isfinite(sqnr) else None,
+        "noise_multiple": parity.noise_multiple,
+        "accuracy_drop": parity.accuracy_drop,
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "macs": cost.macs,
+        "flops": cost.flops,
+        "parameters": cost.parameters,
+        "weight_bytes": cost.weight_bytes,
+        "activation_bytes": cost.activation_bytes,
+    }
+
+
+def _latency(latency: Latency) -> dict[str, Any]:
+    return {
+        "samples": len(latency.samples_ms),
+        "p50_ms": latency.p50_ms,
+        "p90_ms": latency.p90_ms,
+        "p99_ms": latency.p99_ms,
+        "per_second": latency.per_second,
+    }

@@ -1,0 +1,41 @@
+"""The report for a terminal: the table, what failed, and where the rest is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.records import Report
+from exporter.renderers import _figures as figures
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_COLOURS = {"pass": "green", "fail": "bold red", "not checked": "yellow"}
+
+
+def render(report: Report, folder: Path) -> RenderableType:
+    """Return the summary as something rich can print."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head, justify in zip(figures.HEADS, ("left", "right", "left", *["right"] * 4), strict=True):
+        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
+    colours = ["", *(_COLOURS[artefact.verdict] for artefact in report.artefacts)]
+    for row, colour in zip(figures.rows(report), colours, strict=True):
+        cells = [Text(cell) for cell in row]
+        cells[2] = Text(row.verdict, style=colour)
+        table.add_row(*cells)
+    fold = report.fold
+    lines: list[RenderableType] = [
+        Text(f"{fold.folded} of {len(fold.fates)} BatchNorms folded"),
+        *(Text(f"  {fate}") for fate in fold.fates),
+        Text(""),
+        table,
+        Text(""),
+        *(Text(f"missed: {failure}", style="bold red") for failure in report.failures),
+        Text(f"{report.verdict}: {folder / 'report.md'}", style=_COLOURS[report.verdict]),
+    ]
+    return Group(*lines)

@@ -1,0 +1,116 @@
+"""ONNX Runtime, for any execution provider. ``ort_cpu.py`` and ``ort_cuda.py`` name one each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from exporter.contracts import Action, Plugin, Session
+from exporter.errors import BuildError
+from exporter.records import Feed, OnnxModel, Outputs
+
+# With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
+# Q/DQ scales are half: it is told to run their pairs as they are written.
+_AS_WRITTEN = "session.disable_quant_qdq"
+
+
+class OnnxRuntime(Plugin, frozen=True):
+    """ONNX Runtime."""
+
+    threads: int = 0
+
+    provider: ClassVar[str]
+    device: ClassVar[str]
+    provider_options: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 or more, found {self.threads}")
+
+    def missing(self, action: Action) -> str | None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            return str(error)
+        has = ort.get_available_providers()
+        return None if self.provider in has else f"{self.provider} is not in {', '.join(has)}"
+
+    def build(self, model: OnnxModel, folder: Path) -> Path:
+        return model.path
+
+    def describe(self, path: Path) -> tuple[str, ...]:
+        if not _has_half_scales(path):
+            return ()
+        return (f"{_AS_WRITTEN}=1, as this graph's quantisation scales are half",)
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Session]:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        # Threads that spin after a run would slow whatever is timed next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if _has_half_scales(path):
+            options.add_session_config_entry(_AS_WRITTEN, "1")
+        try:
+            session = ort.InferenceSession(
+                path, options, providers=[(self.provider, dict(self.provider_options))]
+            )
+        except Exception as error:  # onnxruntime raises one private class per status code
+            reason = str(error).strip().splitlines()[0]
+            raise BuildError(f"onnxruntime refused {path.name}: {reason}") from error
+        got = session.get_providers()[0]
+        if got != self.provider:  # it falls back to the CPU in silence
+            raise BuildError(f"onnxruntime gave {got} where {self.provider} was asked for")
+        yield _Session(session, self.device, self._thread_count())
+
+    def _thread_count(self) -> int:
+        import os
+
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    session: Any
+    device: str
+    threads: int
+
+    def __call__(self, feed: Feed) -> Outputs:
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, self._typed(feed)), strict=True))
+
+    def bind(self, feed: Feed) -> Callable[[], Any]:
+        import onnxruntime as ort
+
+        binding = self.session.io_binding()
+        for name, value in self._typed(feed).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, self.device))
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name, self.device)
+        return partial(self.session.run_with_iobinding, binding)
+
+    def _typed(self, feed: Feed) -> dict[str, Any]:
+        """Return the feed in the graph's own input types: a graph with half I/O takes halves."""
+        half = {i.name for i in self.session.get_inputs() if i.type == "tensor(float16)"}
+        return {
+            name: value.astype("float16") if name in half else value for name, value in feed.items()
+        }
+
+
+def _has_half_scales(path: Path) -> bool:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return any(
+        types.get(node.input[1]) == onnx.TensorProto.FLOAT16
+        for node in graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    )

@@ -1,0 +1,279 @@
+"""TensorRT and TensorRT-RTX: one API under two names; the two files beside this one pick one.
+
+Both are strongly typed: a graph's types are its precision, and there is no precision to set here,
+only one to respect. TF32 is on by default and would make an FP32 engine compute in 10 mantissa
+bits, so it is off unless the profile asks for it. The library never raises when it refuses a graph:
+it returns nothing and logs why, so its log is kept and read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from exporter.contracts import Plugin, Session
+from exporter.errors import BuildError
+from exporter.records import Feed, OnnxModel, Outputs
+from exporter.runtimes import _cuda
+
+# Without a GPU every real error is followed by this one, which says nothing.
+_NOISE = "catchCudaError"
+
+
+class TensorRt(Plugin, frozen=True):
+    """TensorRT: ``workspace_mib`` limits the builder's scratch memory, ``tf32`` is off if false."""
+
+    workspace_mib: int = 1024
+    tf32: bool = False
+
+    package: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib < 1:
+            raise ValueError(f"workspace_mib must be 1 or more, found {self.workspace_mib}")
+
+    def _missing_package(self) -> str | None:
+        try:
+            import_module(self.package)
+        except ImportError as error:
+            return str(error)
+        return None
+
+    def refuse(self, model: OnnxModel) -> None:
+        """Raise `BuildError` for a graph that must not reach the library."""
+
+    def describe(self, path: Path) -> tuple[str, ...]:
+        return ("TF32 allowed",) if self.tf32 else ()
+
+    def build(self, model: OnnxModel, folder: Path) -> Path:
+        """Write ``<model>.<runtime>.engine`` into ``folder`` and return its path."""
+        check_types(model.path)
+        self.refuse(model)
+        trt = import_module(self.package)
+        said = _listen(trt)
+        builder = trt.Builder(said.logger)  # builder, network, parser: none keeps another alive
+        network = builder.create_network(_strongly_typed(trt))
+        network.name = model.path.stem
+        parser = trt.OnnxParser(network, said.logger)
+        parsed = parser.parse_from_file(str(model.path))
+        if not parsed or not network.num_inputs or not network.num_outputs:
+            problems = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+            raise self._refused(model.path, problems or said.errors)
+        config = builder.create_builder_config()
+        if not self.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)
+        self._set_targets(trt, config)
+        shapes = builder.create_optimization_profile()
+        batch, shape = model.batch, model.input.shape
+        shapes.set_shape(
+            model.input.name, (batch.min, *shape), (batch.opt, *shape), (batch.max, *shape)
+        )
+        if config.add_optimization_profile(shapes) < 0:
+            raise self._refused(model.path, said.errors)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._refused(model.path, said.errors)
+        path = folder / f"{model.path.stem}.{self.package.replace('_', '-')}.engine"
+        path.write_bytes(memoryview(plan))
+        return path
+
+    def _set_targets(self, trt: Any, config: Any) -> None:
+        targets = getattr(self, "targets", ())  # full TensorRT builds for the GPU present
+        if targets:
+            config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i):
+                raise BuildError(f"{self.package} does not take the target {target!r}")
+
+    def _refused(self, path: Path, problems: list[str]) -> BuildError:
+        reason = problems[0] if problems else "it gave no reason"
+        return BuildError(f"{self.package} refused {path.name}: {reason}")
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Session]:
+        trt = import_module(self.package)
+        cuda = _cuda.runtime_api()
+        said = _listen(trt)
+        runtime = trt.Runtime(said.logger)
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise self._refused(path, said.errors)
+        context = self._context(trt, engine)
+        with _cuda.stream() as stream:
+            buffers = _cuda.Buffers()
+            try:
+                yield _EngineSession(trt, cuda, engine, context, stream, buffers)
+            finally:
+                buffers.free()
+
+    def _context(self, trt: Any, engine: Any) -> Any:
+        """Return an execution context; RTX compiles its kernels before the first run, not in it."""
+        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return engine.create_execution_context(config)
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineSession:
+    trt: Any
+    cuda: Any
+    engine: Any
+    context: Any
+    stream: Any
+    buffers: _cuda.Buffers
+    threads: int = 1  # of the CPU: the one that launches
+
+    def __call__(self, feed: Feed) -> Outputs:
+        import numpy as np
+
+        step = self.bind(feed)
+        step()
+        outputs = {}
+        for name, (address, shape, dtype) in self._outputs().items():
+            outputs[name] = np.empty(shape, dtype)
+            self._copy(outputs[name].ctypes.data, address, outputs[name].nbytes, "DeviceToHost")
+        _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
+        return outputs
+
+    def bind(self, feed: Feed) -> Callable[[], Any]:
+        import numpy as np
+
+        for name, given in feed.items():
+            dtype = self.trt.nptype(self.engine.get_tensor_dtype(name))
+            value = np.ascontiguousarray(given, dtype=dtype)
+            if not self.context.set_input_shape(name, value.shape):
+                raise BuildError(
+                    f"the engine does not take an input of shape {tuple(value.shape)}",
+                    hint="its batch range was set by [batch] in the profile",
+                )
+            address = self.buffers.at(name, value.nbytes)
+            self._copy(address, value.ctypes.data, value.nbytes, "HostToDevice")
+            self.context.set_tensor_address(name, address)
+        for name, (address, _, _) in self._outputs().items():
+            self.context.set_tensor_address(name, address)
+        _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
+        handle = int(self.stream)
+
+        def step() -> None:
+            if not self.context.execute_async_v3(handle):
+                raise BuildError("the engine could not be executed")
+            _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
+
+        return step
+
+    def _outputs(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
+        """Return each output's address, shape and type, for the input shapes that are set."""
+        import numpy as np
+
+        found = {}
+        for i in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(i)
+            if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.OUTPUT:
+                shape = tuple(self.context.get_tensor_shape(name))
+                dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+                size = int(np.prod(shape)) * dtype.itemsize
+                found[name] = (self.buffers.at(name, size), shape, dtype)
+        return found
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        direction = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
+        _cuda.call(self.cuda.cudaMemcpyAsync, target, source, size, direction, self.stream)
+
+
+# ── The library's log ───────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class _Said:
+    logger: Any
+    errors: list[str]
+
+
+_heard: dict[str, _Said] = {}
+
+
+def _listen(trt: Any) -> _Said:
+    """Return the logger with an empty list of errors; the library takes one logger a process."""
+    if trt.__name__ not in _heard:
+        errors: list[str] = []
+
+        class Logger(trt.ILogger):  # type: ignore[misc]  # the module is only known at run time
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR and _NOISE not in message:
+                    errors.append(message.strip())
+
+        _heard[trt.__name__] = _Said(Logger(), errors)
+    said = _heard[trt.__name__]
+    said.errors.clear()
+    return said
+
+
+def _parser_error(error: Any) -> str:
+    node = f"{error.node_operator()} {error.node_name()!r}: " if error.node_operator() else ""
+    return f"{node}{error.desc()}"
+
+
+def _strongly_typed(trt: Any) -> int:
+    """Return the creation flag, whose number moved between 10 and 11; 11 needs none."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+# ── What must not reach the library ─────────────────────────────────────────────────
+
+
+class GraphTypes(NamedTuple):
+    """What of a graph decides whether a target can take it."""
+
+    operators: frozenset[str]
+    float32_products: tuple[str, ...]
+
+
+def graph_types(path: Path) -> GraphTypes:
+    """Return the operators of a graph, and the names of its matrix products with FP32 weights."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    floats = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    products = tuple(
+        node.name
+        for node in graph.node
+        if node.op_type in ("Gemm", "MatMul") and floats.intersection(node.input)
+    )
+    return GraphTypes(frozenset(node.op_type for node in graph.node), products)
+
+
+def check_types(path: Path) -> None:
+    """Raise `BuildError` for quantisation that TensorRT would read as something else.
+
+    It takes UINT8 with zero point 0 for INT8, with a warning alone, and ignores an unknown domain.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise BuildError(f"{path.name}: TensorRT does not know the domain {node.domain!r}")
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
+            continue
+        zero = tensors.get(node.input[2])
+        if zero is None:
+            raise BuildError(f"{path.name}: the zero point of {node.name!r} is not a constant")
+        if zero.data_type != onnx.TensorProto.INT8:
+            kind = onnx.TensorProto.DataType.Name(zero.data_type)
+            raise BuildError(f"{path.name}: {node.name!r} is {kind}, and TensorRT takes INT8 alone")
+        if onnx.numpy_helper.to_array(zero).any():
+            raise BuildError(f"{path.name}: the zero point of {node.name!r} is not 0")

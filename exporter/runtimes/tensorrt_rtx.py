@@ -1,0 +1,64 @@
+"""TensorRT-RTX: engines for Turing to Blackwell cards, built on any machine, GPU or not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from exporter.contracts import Action
+from exporter.errors import BuildError, UnknownName
+from exporter.records import OnnxModel
+from exporter.runtimes._cuda import missing_gpu
+from exporter.runtimes._trt import TensorRt, graph_types
+
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+CURRENT = "current"
+
+
+class TensorRtRtx(TensorRt, frozen=True):
+    """TensorRT-RTX, ahead of time: one engine for all ``targets``.
+
+    ``targets`` are compute capabilities (sm75, sm80, sm86, sm89, sm120, sm121), or ``"current"``
+    alone for the GPU in this machine.
+    """
+
+    targets: tuple[str, ...] = ("sm80", "sm86", "sm89", "sm120")
+
+    package: ClassVar[str] = "tensorrt_rtx"
+
+    def __post_init__(self) -> None:
+        TensorRt.__post_init__(self)
+        if not self.targets:
+            raise ValueError(f"targets is empty: name some of {', '.join((*TARGETS, CURRENT))}")
+        for target in self.targets:
+            if target not in (*TARGETS, CURRENT):
+                raise UnknownName("target", target, (*TARGETS, CURRENT))
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets names one twice: {', '.join(self.targets)}")
+        if CURRENT in self.targets and len(self.targets) > 1:
+            raise ValueError(f'targets: "{CURRENT}" stands alone, found {", ".join(self.targets)}')
+
+    def missing(self, action: Action) -> str | None:
+        if reason := self._missing_package():
+            return reason
+        return missing_gpu() if action == "run" or CURRENT in self.targets else None
+
+    def refuse(self, model: OnnxModel) -> None:
+        """Raise `BuildError` for a graph that the library would refuse, or spoil in silence."""
+        if "sm75" not in self.targets:
+            return
+        types = graph_types(model.path)
+        if "QuantizeLinear" in types.operators and len(self.targets) > 1:
+            raise BuildError(
+                f"{model.path.name}: with sm75 among the targets, TensorRT-RTX turns INT8 "
+                "activations off for all of them",
+                hint="build sm75 in a run of its own",
+            )
+        if types.float32_products:
+            raise BuildError(
+                f"{model.path.name}: TensorRT-RTX has no FP32 matrix multiply for sm75 "
+                f"(layer {types.float32_products[0]!r})",
+                hint="leave sm75 out of this precision's targets, or export fp16",
+            )
+
+
+PLUGIN = TensorRtRtx

@@ -1,0 +1,147 @@
+"""Inputs: real scans with labels, seeded noise, and a user's own arrays for calibration.
+
+The real data are scikit-learn's bundled handwritten digits: 1,797 scans of 8×8 pixels with 17 grey
+levels (E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998). They are
+split once and for all: 360 are held out for evaluation, 1,437 are for training, and calibration is
+drawn from the training split alone. A pixel p in 0..16 becomes (p/16 − mean) / std, with mean and
+std those of the training split, and is upsampled bilinearly to the network's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from exporter.errors import InputRefused, UnknownName
+from exporter.records import Array, Feed, TensorSpec
+
+Split: TypeAlias = Literal["train", "held-out"]
+
+HELD_OUT = 360
+MEAN, STD = 0.3056, 0.3763
+
+
+class Samples(NamedTuple):
+    """``inputs`` (N, C, H, W) float32, ``labels`` (N,) int64, and where they come from."""
+
+    inputs: Array
+    labels: Array
+    origin: str
+
+
+def digits(shape: tuple[int, ...], split: Split) -> Samples:
+    """Return one split of the digits, upsampled to ``shape`` = (1, H, W).
+
+    Raises `InputRefused` for another number of channels.
+    """
+    import numpy as np
+    import torch
+    from sklearn.datasets import load_digits
+
+    channels, *size = shape
+    if channels != 1:
+        raise InputRefused(f"the digits have 1 channel, and the input asks for {channels}")
+    bunch = load_digits()
+    order = np.random.RandomState(0).permutation(len(bunch.target))  # a stream numpy never changes
+    chosen = order[:HELD_OUT] if split == "held-out" else order[HELD_OUT:]
+    small = torch.from_numpy(bunch.images[chosen].astype(np.float32) / 16)[:, None]
+    large = torch.nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)
+    origin = f"{len(chosen)} {split} digits"
+    return Samples(((large - MEAN) / STD).numpy(), bunch.target[chosen].astype(np.int64), origin)
+
+
+SPLITS = {"digits": digits}
+
+
+def load_split(data: str, shape: tuple[int, ...], split: Split) -> Samples:
+    """Return a split of a model's own samples, by the name it gives. Raises `UnknownName`."""
+    if data not in SPLITS:
+        raise UnknownName("data set", data, SPLITS)
+    return SPLITS[data](shape, split)
+
+
+def noise(shape: tuple[int, ...], *, count: int, seed: int) -> Array:
+    """Return ``count`` samples of unit-normal noise, (count, *shape) float32, from a seed."""
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
+
+
+def draw(samples: Samples, *, count: int, seed: int) -> Samples:
+    """Return ``count`` of the samples, drawn without replacement from a seed.
+
+    Raises `InputRefused` if there are fewer.
+    """
+    import numpy as np
+
+    have = len(samples.inputs)
+    if count > have:
+        raise InputRefused(
+            f"calibration asks for {count} images, and the {samples.origin} are only {have}",
+            hint=f"calibration.images may be at most {have}",
+        )
+    chosen = np.random.RandomState(seed).permutation(have)[:count]
+    origin = f"{count} of the {samples.origin}, seed {seed}"
+    return Samples(samples.inputs[chosen], samples.labels[chosen], origin)
+
+
+def load_array(path: Path) -> Array:
+    """Return the array in a ``.npy`` file. Raises `InputRefused`; pickled objects never load."""
+    import numpy as np
+
+    try:
+        loaded: Array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputRefused(f"{path.name}: no such file") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputRefused(
+            f"{path.name}: not a readable .npy array of numbers",
+            hint="write it with numpy.save(path, array)",
+        ) from error
+    if not isinstance(loaded, np.ndarray):
+        raise InputRefused(f"{path.name}: an .npz archive, where one .npy array is needed")
+    return loaded
+
+
+def check_calibration(array: Array, spec: TensorSpec, *, origin: str) -> Array:
+    """Return the array if scales can be taken from it.
+
+    Raises `InputRefused` if it is empty, of another shape or type than (N, *spec.shape) float32,
+    not finite, or constant.
+    """
+    import numpy as np
+
+    wanted = f"(N, {', '.join(map(str, spec.shape))}) {spec.dtype}"
+    found = f"{tuple(array.shape)} {array.dtype}"
+    if array.ndim != 1 + len(spec.shape) or array.shape[1:] != spec.shape:
+        raise InputRefused(f"{origin}: calibration data must be {wanted}, found {found}")
+    if array.dtype != spec.dtype:
+        raise InputRefused(
+            f"{origin}: calibration data must be {wanted}, found {found}",
+            hint=f"convert it with array.astype(numpy.{spec.dtype})",
+        )
+    if not len(array):
+        raise InputRefused(f"{origin}: calibration data is empty")
+    if bad := int((~np.isfinite(array)).sum()):
+        first = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
+        raise InputRefused(
+            f"{origin}: calibration data holds {bad} values that are NaN or infinite, "
+            f"the first in sample {first}"
+        )
+    if array.min() == array.max():
+        raise InputRefused(
+            f"{origin}: calibration data is constant: every value is {array.flat[0]:g}"
+        )
+    return array
+
+
+def feeds(inputs: Array, name: str, *, size: int) -> Iterator[Feed]:
+    """Yield the samples in order in full batches of ``size``; the last begins again at the first.
+
+    An engine may not take a smaller batch, so whoever collects the outputs drops what is over.
+    """
+    import numpy as np
+
+    for start in range(0, len(inputs), size):
+        yield {name: inputs.take(np.arange(start, start + size), axis=0, mode="wrap")}

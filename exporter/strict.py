@@ -1,0 +1,69 @@
+"""Tables (TOML, JSON) into frozen records, strictly. msgspec does the work; the words are ours.
+
+One rule: a key that no field claims is an error that names the nearest field. Profiles, plug-in
+options and command-line overrides are all read through `read`.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from exporter.errors import ProfileError, nearest
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_AT = re.compile(r" - at `\$?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`")
+_MISSING = re.compile(r"Object missing required field `(?P<key>[^`]*)`")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+
+
+def read(cls: type[T], table: Mapping[str, Any], *, where: str) -> T:
+    """Return the table as a record of type ``cls``.
+
+    Raises `ProfileError` saying where (``where`` and the key's path), which value was found and
+    what is allowed or nearest.
+    """
+    try:
+        return msgspec.convert(dict(table), cls)
+    except msgspec.ValidationError as error:
+        raise _explain(cls, table, where, str(error)) from error
+
+
+def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> ProfileError:
+    at = _AT.search(said)
+    path = at["path"] if at else ""
+    said = _AT.sub("", said)
+    steps = [key or index for key, index in _STEP.findall(path)]
+    place = ": ".join([where, path.lstrip(".")]) if path else where
+    if unknown := _UNKNOWN.match(said):
+        fields = _fields(cls, steps)
+        return ProfileError(
+            f"{place}: unknown key {unknown['key']!r}", hint=nearest(unknown["key"], fields)
+        )
+    if missing := _MISSING.match(said):
+        return ProfileError(f"{place}: the key {missing['key']!r} is missing")
+    reason = said[0].lower() + said[1:].replace("`", "")
+    value = _value(table, steps)
+    if reason.startswith(("expected", "invalid")) and not isinstance(value, Mapping):
+        reason += f", found {value!r}"
+    return ProfileError(f"{place}: {reason}")
+
+
+def _fields(cls: type[Any], steps: list[str]) -> tuple[str, ...]:
+    """Return the keys allowed at a path, following the records' own annotations."""
+    for step in steps:
+        cls = typing.get_type_hints(cls)[step]
+    return typing.cast("tuple[str, ...]", cls.__struct_fields__)
+
+
+def _value(table: Any, steps: list[str]) -> Any:
+    """Return what the table holds at a path."""
+    for step in steps:
+        table = table[int(step) if isinstance(table, list) else step]
+    return table

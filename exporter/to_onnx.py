@@ -1,0 +1,124 @@
+"""PyTorch to ONNX, in FP32, with a free batch axis, and nothing in the file but the network.
+
+The exporter writes source paths and stack traces into node metadata; they are taken out, so that
+the file says nothing of the machine that wrote it and the same network gives the same bytes
+anywhere. What is worth keeping of them is the module each node came from: nodes are named after it.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.errors import GraphError
+from exporter.records import BatchRange, OnnxModel, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def export_onnx(
+    module: nn.Module,
+    path: Path,
+    *,
+    input: TensorSpec,
+    output: TensorSpec,
+    batch: BatchRange,
+    opset: int = 20,
+) -> OnnxModel:
+    """Write the network, which takes (N, *input.shape) float32, to ``path``.
+
+    Raises `GraphError` if it cannot be exported, or if what was written is not valid ONNX.
+    """
+    import onnx
+    import torch
+
+    example = torch.zeros(2, *input.shape)  # a batch of 1 would be taken for a constant
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                input_names=[input.name],
+                output_names=[output.name],
+                dynamic_shapes=({0: "batch"},),
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise GraphError(f"torch.onnx cannot export the network: {reason}") from error
+    assert program is not None  # only None when a path is given
+    model = program.model_proto
+    _name_by_module(model)
+    _strip(model)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).splitlines()[0]
+        raise GraphError(f"torch.onnx wrote an invalid graph: {reason}") from error
+    found = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    if found != opset:
+        raise GraphError(f"torch.onnx wrote opset {found} where {opset} was asked for")
+    onnx.save(model, path)
+    return OnnxModel(path, "fp32", input, output, batch)
+
+
+def _name_by_module(model: onnx.ModelProto) -> None:
+    """Name each node after the module it came from, say ``block2.0.conv1``, uniquely."""
+    taken: Counter[str] = Counter()
+    for node in model.graph.node:
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        name = _module_of(metadata.get(_SCOPES, "")) or node.op_type
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"):
+            name = f"{name}/{node.op_type}"
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+
+
+def _module_of(scopes: str) -> str:
+    """Return the innermost module's path; scopes read ``['', 'block2', 'block2.conv1', op]``."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        return ""
+    return next((name for name in reversed(names[:-1]) if name), "")
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Take out what only says how the file came to be."""
+    graph = model.graph
+    model.producer_name, model.producer_version = "resnet-export", ""
+    graph.name = "main"
+    for holder in (model, graph, *graph.node, *graph.initializer, *model.functions):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    del graph.value_info[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from writing to stderr: failures are raised, the rest is advice."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

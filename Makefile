@@ -2,13 +2,14 @@ PYTHON  ?= python3
 PROFILE ?= default
 MODEL   ?= resnet18
 BIN     := .venv/bin
+COMMA   := ,
 
 .PHONY: help export test check weights bench clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
-export: .venv/ready    ## MODEL into build/, in every precision of PROFILE
+export: .venv/ready-$(PROFILE)    ## MODEL into build/, in every precision of PROFILE
 	$(BIN)/resnet-export --model $(MODEL) --profile $(PROFILE) --out build
 
 test: .venv/ready-dev    ## everything this machine can run; what it cannot is skipped with the reason
@@ -20,28 +21,25 @@ check: .venv/ready-dev    ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-weights: .venv/ready    ## train the built-in network again, from its fixed seed
+weights: .venv/ready-default    ## train the built-in network again, from its fixed seed
 	$(BIN)/resnet-export train exporter/models/$(MODEL).safetensors --model $(MODEL)
 
-bench: .venv/ready    ## measure the forms a BatchNorm behind a ReLU can take
+bench: .venv/ready-default    ## measure the forms a BatchNorm behind a ReLU can take
 	$(BIN)/python benchmarks/stem_forms.py
 
 clean:    ## remove what the targets above made
 	rm -rf .venv build
 
-# The extra is the one that the default profile's runtime needs. torch is pinned with everything
-# else, since an open range would pull several GB of CUDA packages.
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The extras are named like the runtimes, so a profile says which ones it needs. torch is pinned with
+# everything else, since an open range would pull several GB of CUDA packages.
+RUNTIMES = $(shell sed -n 's/^\[runtime\.\([a-z-]*\)\].*/\1/p' profiles/$(PROFILE).toml | paste -sd, -)
+INSTALL  = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
-.venv/ready: .venv/bin/python pyproject.toml constraints.txt
-	@echo 'installing the pinned dependencies into .venv (once)'
-	$(INSTALL) --editable '.[tensorrt-rtx]'
-	@touch $@
-
-.venv/ready-dev: .venv/ready
-	$(INSTALL) --editable '.[dev,tensorrt-rtx]'
+.venv/ready-%: .venv/bin/python pyproject.toml constraints.txt
+	@echo 'installing the pinned dependencies into .venv, once: $(RUNTIMES) $(if $(filter dev,$*),and what the tests need)'
+	$(INSTALL) --editable '.[$(RUNTIMES)$(if $(filter dev,$*),$(COMMA)dev)]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tomllib
 import traceback
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from exporter.contracts import Advance, Progress
 
 EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, 2 usage,
-3 input refused, 4 environment unfit, 5 the bundle could not be written, 130 interrupted."""
+3 input refused, 4 environment unfit, 5 the bundle could not be written, 130 interrupted,
+143 terminated."""
 
 
 class Failure(click.ClickException):
@@ -35,6 +37,7 @@ class Group(click.Group):
     """The one place where an `ExportError` becomes a message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
         try:
             return super().invoke(ctx)
         except ExportError as error:
@@ -44,6 +47,11 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted: nothing was left behind.", err=True)
             raise SystemExit(130) from None
+
+
+def _terminated(signum: int, frame: object) -> None:  # noqa: ARG001 - a signal handler
+    """Leave as on Ctrl-C, through every clean-up, and with the exit code that shells expect."""
+    raise SystemExit(128 + signum)
 
 
 class Shape(click.ParamType[tuple[int, ...]]):

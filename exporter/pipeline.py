@@ -103,7 +103,7 @@ def run(
             schema=SCHEMA,
             tool=TOOL,
             source=job.source(),
-            profile=msgspec.to_builtins(profile),
+            profile=msgspec.json.decode(msgspec.json.encode(profile)),
             environment=environment.capture(),
             calibration=job.calibration.origin if job.calibration else None,
             fold=fold,

@@ -7,11 +7,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Plugin, Session
 from exporter.errors import BuildError
 from exporter.records import Feed, OnnxModel, Outputs
+from exporter.runtimes._graph import (
+    WEIGHTED,
+    dequantised_weights,
+    half_layers,
+    has_half,
+    has_half_scales,
+    is_quantised,
+    read_graph,
+)
+
+if TYPE_CHECKING:
+    import onnx
+
+INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 
 # With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
 # Q/DQ scales are half: it is told to run their pairs as they are written.
@@ -43,12 +58,46 @@ class OnnxRuntime(Plugin, frozen=True):
         return model.path
 
     def describe(self, path: Path) -> tuple[str, ...]:
-        if not _has_half_scales(path):
+        """Say what runs otherwise than the file reads, by asking for the optimised graph."""
+        graph = read_graph(path)
+        layers = sum(node.op_type in WEIGHTED for node in graph.node)
+        notes = []
+        if has_half_scales(graph):
+            notes.append(f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half")
+        if not (has_half(graph) or is_quantised(graph)):
             return ()
-        return (f"{_AS_WRITTEN}=1, as this graph's quantisation scales are half",)
+        executed = self._optimised(path)
+        if is_quantised(graph):
+            integer = sum(node.op_type in INTEGER for node in executed.node)
+            quantised = sum(
+                node.op_type in WEIGHTED and node.input[1] in dequantised_weights(graph)
+                for node in graph.node
+            )
+            notes.append(
+                f"{integer} of {quantised} INT8 layers run as integer kernels"
+                + ("" if integer else ": they compute in float between Q and DQ, so expect no gain")
+            )
+        if has_half(graph) and (half := half_layers(executed)) < layers:
+            notes.append(
+                f"{half} of {layers} layers compute in half: the others have no such kernel in this "
+                "provider, so their weights are rounded to half here and their activations are not"
+            )
+        return tuple(notes)
+
+    def _optimised(self, path: Path) -> onnx.GraphProto:
+        with TemporaryDirectory() as folder:
+            written = Path(folder, "optimised.onnx")
+            options = self._session_options(path)
+            options.optimized_model_filepath = str(written)
+            self._load(path, options)
+            return read_graph(written)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Session]:
+        session = self._load(path, self._session_options(path))
+        yield _Session(session, self.device, self._thread_count())
+
+    def _session_options(self, path: Path) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -56,8 +105,13 @@ class OnnxRuntime(Plugin, frozen=True):
         options.intra_op_num_threads = self.threads
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if _has_half_scales(path):
+        if has_half_scales(read_graph(path)):
             options.add_session_config_entry(_AS_WRITTEN, "1")
+        return options
+
+    def _load(self, path: Path, options: Any) -> Any:
+        import onnxruntime as ort
+
         try:
             session = ort.InferenceSession(
                 path, options, providers=[(self.provider, dict(self.provider_options))]
@@ -68,7 +122,7 @@ class OnnxRuntime(Plugin, frozen=True):
         got = session.get_providers()[0]
         if got != self.provider:  # it falls back to the CPU in silence
             raise BuildError(f"onnxruntime gave {got} where {self.provider} was asked for")
-        yield _Session(session, self.device, self._thread_count())
+        return session
 
     def _thread_count(self) -> int:
         import os
@@ -102,15 +156,3 @@ class _Session:
         return {
             name: value.astype("float16") if name in half else value for name, value in feed.items()
         }
-
-
-def _has_half_scales(path: Path) -> bool:
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    return any(
-        types.get(node.input[1]) == onnx.TensorProto.FLOAT16
-        for node in graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    )

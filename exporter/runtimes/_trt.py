@@ -13,12 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Plugin, Session
 from exporter.errors import BuildError
 from exporter.records import Feed, OnnxModel, Outputs
 from exporter.runtimes import _cuda
+from exporter.runtimes._graph import check_quantisation, read_graph
+
+if TYPE_CHECKING:
+    import onnx
 
 # Without a GPU every real error is followed by this one, which says nothing.
 _NOISE = "catchCudaError"
@@ -43,7 +47,7 @@ class TensorRt(Plugin, frozen=True):
             return str(error)
         return None
 
-    def refuse(self, model: OnnxModel) -> None:
+    def refuse(self, graph: onnx.GraphProto, name: str) -> None:
         """Raise `BuildError` for a graph that must not reach the library."""
 
     def describe(self, path: Path) -> tuple[str, ...]:
@@ -51,8 +55,9 @@ class TensorRt(Plugin, frozen=True):
 
     def build(self, model: OnnxModel, folder: Path) -> Path:
         """Write ``<model>.<runtime>.engine`` into ``folder`` and return its path."""
-        check_types(model.path)
-        self.refuse(model)
+        graph = read_graph(model.path)
+        check_quantisation(graph, model.path.name)
+        self.refuse(graph, model.path.name)
         trt = import_module(self.package)
         said = _listen(trt)
         builder = trt.Builder(said.logger)  # builder, network, parser: none keeps another alive
@@ -229,51 +234,3 @@ def _strongly_typed(trt: Any) -> int:
     """Return the creation flag, whose number moved between 10 and 11; 11 needs none."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-# ── What must not reach the library ─────────────────────────────────────────────────
-
-
-class GraphTypes(NamedTuple):
-    """What of a graph decides whether a target can take it."""
-
-    operators: frozenset[str]
-    float32_products: tuple[str, ...]
-
-
-def graph_types(path: Path) -> GraphTypes:
-    """Return the operators of a graph, and the names of its matrix products with FP32 weights."""
-    import onnx
-
-    graph = onnx.load(path).graph
-    floats = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    products = tuple(
-        node.name
-        for node in graph.node
-        if node.op_type in ("Gemm", "MatMul") and floats.intersection(node.input)
-    )
-    return GraphTypes(frozenset(node.op_type for node in graph.node), products)
-
-
-def check_types(path: Path) -> None:
-    """Raise `BuildError` for quantisation that TensorRT would read as something else.
-
-    It takes UINT8 with zero point 0 for INT8, with a warning alone, and ignores an unknown domain.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx"):
-            raise BuildError(f"{path.name}: TensorRT does not know the domain {node.domain!r}")
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
-            continue
-        zero = tensors.get(node.input[2])
-        if zero is None:
-            raise BuildError(f"{path.name}: the zero point of {node.name!r} is not a constant")
-        if zero.data_type != onnx.TensorProto.INT8:
-            kind = onnx.TensorProto.DataType.Name(zero.data_type)
-            raise BuildError(f"{path.name}: {node.name!r} is {kind}, and TensorRT takes INT8 alone")
-        if onnx.numpy_helper.to_array(zero).any():
-            raise BuildError(f"{path.name}: the zero point of {node.name!r} is not 0")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from exporter.contracts import Action
 from exporter.errors import BuildError, UnknownName
-from exporter.records import OnnxModel
 from exporter.runtimes._cuda import missing_gpu
-from exporter.runtimes._trt import TensorRt, graph_types
+from exporter.runtimes._graph import float32_products, is_quantised
+from exporter.runtimes._trt import TensorRt
+
+if TYPE_CHECKING:
+    import onnx
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 CURRENT = "current"
@@ -42,21 +45,19 @@ class TensorRtRtx(TensorRt, frozen=True):
             return reason
         return missing_gpu() if action == "run" or CURRENT in self.targets else None
 
-    def refuse(self, model: OnnxModel) -> None:
+    def refuse(self, graph: onnx.GraphProto, name: str) -> None:
         """Raise `BuildError` for a graph that the library would refuse, or spoil in silence."""
         if "sm75" not in self.targets:
             return
-        types = graph_types(model.path)
-        if "QuantizeLinear" in types.operators and len(self.targets) > 1:
+        if is_quantised(graph) and len(self.targets) > 1:
             raise BuildError(
-                f"{model.path.name}: with sm75 among the targets, TensorRT-RTX turns INT8 "
-                "activations off for all of them",
+                f"{name}: with sm75 among the targets, TensorRT-RTX turns INT8 activations off for "
+                "all of them",
                 hint="build sm75 in a run of its own",
             )
-        if types.float32_products:
+        if products := float32_products(graph):
             raise BuildError(
-                f"{model.path.name}: TensorRT-RTX has no FP32 matrix multiply for sm75 "
-                f"(layer {types.float32_products[0]!r})",
+                f"{name}: TensorRT-RTX has no FP32 matrix multiply for sm75 ({products[0]!r})",
                 hint="leave sm75 out of this precision's targets, or export fp16",
             )
 

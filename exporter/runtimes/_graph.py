@@ -1,0 +1,104 @@
+"""An ONNX file, read once, and what of it decides how a runtime must treat it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.errors import BuildError
+
+if TYPE_CHECKING:
+    import onnx
+
+QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+WEIGHTED = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def read_graph(path: Path) -> onnx.GraphProto:
+    """Return the graph in a file. Raises `BuildError` if it is not ONNX, or has nothing in it."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path).graph
+    except FileNotFoundError as error:
+        raise BuildError(f"{path.name}: no such file") from error
+    except DecodeError as error:
+        raise BuildError(f"{path.name}: truncated, damaged or not an ONNX model") from error
+    if not graph.input or not graph.output:
+        raise BuildError(f"{path.name}: not an ONNX model with an input and an output")
+    return graph
+
+
+def has_half_scales(graph: onnx.GraphProto) -> bool:
+    """Return whether a tensor is quantised with a scale stored as half."""
+    import onnx
+
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    half = onnx.TensorProto.FLOAT16
+    return any(types.get(n.input[1]) == half for n in graph.node if n.op_type in QUANTISERS)
+
+
+def has_half(graph: onnx.GraphProto) -> bool:
+    """Return whether a constant is stored as half."""
+    import onnx
+
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+
+
+def half_layers(graph: onnx.GraphProto) -> int:
+    """Return how many weighted layers read half weights."""
+    import onnx
+
+    half = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    return sum(node.op_type in WEIGHTED and node.input[1] in half for node in graph.node)
+
+
+def dequantised_weights(graph: onnx.GraphProto) -> set[str]:
+    """Return the tensors that are stored quantised and dequantised in the graph."""
+    stored = {tensor.name for tensor in graph.initializer}
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
+
+
+def is_quantised(graph: onnx.GraphProto) -> bool:
+    """Return whether an activation is quantised."""
+    return any(node.op_type == "QuantizeLinear" for node in graph.node)
+
+
+def float32_products(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Return the names of the matrix products whose weights are FP32."""
+    import onnx
+
+    floats = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    return tuple(
+        node.name
+        for node in graph.node
+        if node.op_type in ("Gemm", "MatMul") and floats.intersection(node.input)
+    )
+
+
+def check_quantisation(graph: onnx.GraphProto, name: str) -> None:
+    """Raise `BuildError` for what TensorRT would read as something else.
+
+    It takes UINT8 with zero point 0 for INT8, with a warning alone, and ignores an unknown domain.
+    """
+    import onnx
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise BuildError(f"{name}: TensorRT does not know the domain {node.domain!r}")
+        if node.op_type not in QUANTISERS or len(node.input) < 3:
+            continue
+        zero = tensors.get(node.input[2])
+        if zero is None:
+            raise BuildError(f"{name}: the zero point of {node.name!r} is not a constant")
+        if zero.data_type != onnx.TensorProto.INT8:
+            kind = onnx.TensorProto.DataType.Name(zero.data_type)
+            raise BuildError(f"{name}: {node.name!r} is {kind}, and TensorRT takes INT8 alone")
+        if onnx.numpy_helper.to_array(zero).any():
+            raise BuildError(f"{name}: the zero point of {node.name!r} is not 0")

@@ -1,0 +1,88 @@
+"""Networks small enough for every test, whose batch norms do something: fresh ones do nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from exporter.contracts import Plugin
+from exporter.fold import fold_batchnorm
+from exporter.models._residual import residual_network
+from exporter.profile import Profile, load_profile
+from exporter.records import BatchRange, OnnxModel, TensorSpec
+from exporter.to_onnx import export_onnx
+
+
+def disturb(module: nn.Module, seed: int = 0, *, negative: bool = True) -> nn.Module:
+    """Give every BatchNorm statistics that matter, with γ of both signs and one γ = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            size = layer.running_mean.shape
+            gamma = torch.rand(size, generator=generator) + 0.5
+            if negative:
+                gamma[1::2] *= -1
+                gamma[0] = 0
+            if layer.affine:
+                layer.weight.data = gamma
+                layer.bias.data = torch.randn(size, generator=generator)
+            layer.running_mean = torch.randn(size, generator=generator)
+            layer.running_var = torch.rand(size, generator=generator) + 0.1
+    return module
+
+
+class TinyModel(Plugin, frozen=True):
+    """A residual network of two stages at 32×32, on the digits."""
+
+    input: ClassVar[TensorSpec] = TensorSpec("input", (1, 32, 32))
+    output: ClassVar[TensorSpec] = TensorSpec("logits", (10,))
+    data: ClassVar[str] = "digits"
+    weights: ClassVar[Path]
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return residual_network(in_channels=1, widths=(8, 16), depth=1, classes=10)
+
+
+@pytest.fixture(scope="session")
+def tiny_module() -> nn.Module:
+    return disturb(TinyModel().module())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_module, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    TinyModel.weights = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(tiny_module.state_dict(), TinyModel.weights)
+    return TinyModel()
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_module, tmp_path_factory) -> OnnxModel:
+    return export_onnx(
+        fold_batchnorm(tiny_module).module,
+        Path(tmp_path_factory.mktemp("onnx"), "tiny.fp32.onnx"),
+        input=TinyModel.input,
+        output=TinyModel.output,
+        batch=BatchRange(1, 2, 8),
+    )
+
+
+@pytest.fixture
+def quick_profile() -> Profile:
+    """The default profile, quick and without gates that a network of random weights cannot meet."""
+    return load_profile(
+        "default",
+        {
+            "batch.max": 8,
+            "timing.runs": 3,
+            "timing.warmup": 1,
+            "calibration.images": 16,
+            "precision.int8.tolerance": {"sqnr_db": 10.0},
+        },
+    )

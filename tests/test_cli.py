@@ -1,0 +1,217 @@
+"""The command as a subprocess: what a person types, sees, and gets as an exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from exporter.cli import main
+from exporter.plugins import load_model, names
+
+QUICK = ["--input", "1x64x64", "--set", "timing.runs=5", "--set", "calibration.images=32"]
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "exporter", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The main job, end to end on the real digits, at a reduced size."""
+    folder = tmp_path_factory.mktemp("cli")
+    return command(*QUICK, cwd=folder), folder
+
+
+def test_the_main_job_ends_well_and_says_where_the_report_lies(exported):
+    done, folder = exported
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("pass: build/report.md")
+    assert (folder / "build/report.md").is_file()
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
+    done, _ = exported
+    for precision in ("fp32", "fp16", "int8"):
+        line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu"))
+        assert re.search(r"[\d.]+ MB +pass +[\d.]+ dB +[\d.]+% +[\d.]+ ms +[\d.]+ ×", line), line
+    assert "17 of 17 BatchNorms folded" in done.stdout
+    assert "block1.2: Conv → ReLU → BatchNorm" in done.stdout
+
+
+def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):
+    done, _ = exported
+    assert "run PyTorch in float64" in done.stderr
+    assert "run PyTorch in float64" not in done.stdout
+
+
+def test_the_report_counts_what_the_document_counts(exported):
+    _, folder = exported
+    report = json.loads((folder / "build/report.json").read_text("utf-8"))
+    assert report["schema"] == 1
+    assert report["source"]["parameters"] == 11_178_378
+    costs = {v["precision"]: v["cost"] for v in report["variants"]}
+    assert {cost["macs"] for cost in costs.values()} == {90_668_288}
+    assert all(cost["uncounted"] == {} for cost in costs.values())
+    assert costs["fp32"]["weight_bytes"] > 1.9 * costs["fp16"]["weight_bytes"]
+    assert costs["fp16"]["weight_bytes"] > 1.9 * costs["int8"]["weight_bytes"]
+
+
+def test_it_can_be_run_again_over_its_own_bundle(exported):
+    _, folder = exported
+    done = command(*QUICK, "--precision", "fp16", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (folder / "build").glob("*.onnx")] == ["resnet18.fp16.onnx"]
+
+
+def test_help_answers_at_once(tmp_path):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert command("--help", cwd=tmp_path).returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+
+
+def test_doctor_names_every_runtime_and_claims_nothing():
+    said = CliRunner().invoke(main, ["doctor"])
+    assert said.exit_code == 0
+    for name in names("runtimes"):
+        assert len(re.findall(rf"^{name} ", said.output, re.MULTILINE)) == 2
+    assert re.search(r"^ort-cpu +run +ready$", said.output, re.MULTILINE)
+
+
+def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path):
+    gate = "precision.fp32.tolerance.sqnr_db=500"
+    done = command(*QUICK, "-p", "fp32", "--set", gate, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"missed: fp32 on ort-cpu: sqnr_db \d+\.\d* < 500 on the 360", done.stdout)
+    assert (tmp_path / "build/report.md").read_text("utf-8").startswith("# resnet18: FAIL")
+
+
+# ── Bad input: one sentence, the documented exit code, nothing left behind ──────────
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Files that something is wrong with."""
+    folder = tmp_path_factory.mktemp("files")
+    good = load_model("resnet18").weights
+    state = load_file(good)
+    (folder / "truncated.safetensors").write_bytes(good.read_bytes()[:100_000])
+    (folder / "text.safetensors").write_text("hello", "utf-8")
+    save_file({f"module.{k}": v for k, v in state.items()}, folder / "other.safetensors")
+    bad = {**state, "block2.0.conv1.bias": state["block2.0.conv1.bias"] * float("nan")}
+    save_file(bad, folder / "nan.safetensors")
+    np.save(folder / "empty.npy", np.zeros((0, 1, 64, 64), np.float32))
+    np.save(folder / "constant.npy", np.ones((8, 1, 64, 64), np.float32))
+    np.save(folder / "shape.npy", np.ones((8, 3, 64, 64), np.float32))
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (folder / "bad.toml").write_text('about = "x"\n[timing]\nwarm_up = 3\n', "utf-8")
+    (folder / "broken.toml").write_text("about = ", "utf-8")
+    (folder / "gpu.toml").write_text(
+        'about = "x"\n[runtime.tensorrt]\n[precision.fp32]\ntolerance = { sqnr_db = 60 }\n', "utf-8"
+    )
+    (folder / "a-file").write_text("", "utf-8")
+    (folder / "full").mkdir()
+    (folder / "full/thesis.tex").write_text("years of work", "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18'?"),
+        ("-p int4", 2, "no table [precision.int4], so nothing says what is good enough for it\nHint: did you mean 'int8'?"),
+        ("--profile defualt", 2, "no profile named 'defualt'\nHint: did you mean 'default'?"),
+        ("--profile {files}/none.toml", 2, "none.toml: no such file"),
+        ("--profile {files}/bad.toml", 2, "bad.toml: timing: unknown key 'warm_up'\nHint: did you mean 'warmup'?"),
+        ("--profile {files}/broken.toml", 2, "broken.toml: not valid TOML"),
+        ("--target sm90", 2, "no target named 'sm90'"),
+        ("--target sm98", 2, "did you mean 'sm89'"),
+        ("--batch 4,2,8", 2, "need 1 <= min <= opt <= max, found 4, 2, 8"),
+        ("--batch 0,1,2", 2, "need 1 <= min <= opt <= max, found 0, 1, 2"),
+        ("--batch 1,2", 2, "--batch 1,2: expected MIN,OPT,MAX"),
+        ("--set timing.runs=many", 2, "timing.runs: expected int, got str, found 'many'"),
+        ("--set timing.run=5", 2, "unknown key 'run'\nHint: did you mean 'runs'?"),
+        ("--set runs", 2, "--set runs: expected KEY=VALUE"),
+        ("--set batch.max=64 --set timing.batches=[128]", 2, "timing.batches must lie in batch (1 to 64), found 128"),
+        ("--input 224", 2, "'224' is not a shape such as 1x224x224"),
+        ("--input 3x64x64", 3, "resnet18 cannot take an input of 3 × 64 × 64"),
+        ("--input 1x0x64", 3, "every size must be 1 or more"),
+        ("--weights {files}/none.safetensors", 3, "none.safetensors: no such weights file"),
+        ("--weights {files}/truncated.safetensors", 3, "truncated.safetensors: truncated, damaged or not a safetensors file"),
+        ("--weights {files}/text.safetensors", 3, "text.safetensors: truncated, damaged or not"),
+        ("--weights {files}/other.safetensors", 3, "not this network's weights: it lacks 'block1.0.weight', 'block1.0.bias',"),
+        ("--weights {files}/nan.safetensors", 3, "tensor 'block2.0.conv1.bias' holds 64 values that are NaN or infinite"),
+        ("--calibration {files}/none.npy", 3, "none.npy: no such file"),
+        ("--calibration {files}/empty.npy", 3, "calibration data is empty"),
+        ("--calibration {files}/constant.npy", 3, "calibration data is constant"),
+        ("--calibration {files}/shape.npy", 3, "calibration data must be (N, 1, 64, 64) float32, found (8, 3, 64, 64)"),
+        ("--calibration {files}/objects.npy", 3, "objects.npy: not a readable .npy array"),
+        ("--profile {files}/gpu.toml", 4, "the runtime 'tensorrt' cannot be used here"),
+        ("--target current", 4, "the runtime 'tensorrt-rtx' cannot be used here: no NVIDIA GPU"),
+        ("--out {files}/a-file", 5, "a-file is a file, where the bundle's folder would go"),
+        ("--out {files}/a-file/below", 5, "cannot write"),
+        ("--out {files}/full", 5, "full holds files that are not of a bundle, say 'thesis.tex'"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence_the_exit_code_and_leaves_nothing(
+    files, tmp_path, args, code, said
+):
+    before = sorted(files.rglob("*"))
+    if "--input" not in args:
+        args = f"--input 1x64x64 {args}"
+    arguments = [arg.replace("{files}", str(files)) for arg in args.split()]
+    if "--out" not in args:
+        arguments += ["--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == code, done.output
+    assert said in done.output
+    message = done.stderr[done.stderr.index("Error: ") :].strip().splitlines()
+    assert len(message) == 1 or (len(message) == 2 and message[1].startswith("Hint: "))
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(files.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does(files):
+    bad = ["--profile", str(files / "bad.toml")]
+    assert "Traceback" in CliRunner().invoke(main, ["--debug", *bad]).output
+    assert "Traceback" not in CliRunner().invoke(main, bad).output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path, signum):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "exporter", *QUICK],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "export to ONNX" in line:
+            break
+    process.send_signal(signum)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,18 @@ def test_one_module_prints_and_exits(word, where):
 def test_nothing_that_could_run_a_files_contents_is_used(word):
     found = [p.name for p in (ROOT / "exporter").rglob("*.py") if word in p.read_text("utf-8")]
     assert found == []
+
+
+def test_the_wheel_carries_profiles_weights_and_types(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {
+        "exporter/py.typed",
+        "exporter/models/resnet18.safetensors",
+        *(f"exporter/profiles/{p.name}" for p in (ROOT / "profiles").glob("*.toml")),
+        *(p.relative_to(ROOT).as_posix() for p in (ROOT / "exporter").rglob("*.py")),
+    } <= names
+    assert not any(name.startswith("tests/") for name in names)

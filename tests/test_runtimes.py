@@ -98,8 +98,7 @@ def test_quantisation_with_half_scales_is_run_as_written_and_the_report_is_told(
     """ONNX Runtime's default optimisations compute something else for such graphs."""
     half = quantised(tiny_onnx, tmp_path, around="fp16")
     runtime = plugins.load_runtime("ort-cpu", {})
-    (note,) = runtime.describe(half.path)
-    assert "disable_quant_qdq" in note
+    assert "disable_quant_qdq" in runtime.describe(half.path)[0]
     assert runtime.describe(tiny_onnx.path) == ()
     x = digits((1, 32, 32), "held-out").inputs[:64]
     with torch.inference_mode():
@@ -107,6 +106,20 @@ def test_quantisation_with_half_scales_is_run_as_written_and_the_report_is_told(
     with runtime.open(half.path) as session:
         got = session({"input": x})["logits"]
     assert 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum()) > 20
+
+
+def test_what_runs_otherwise_than_the_file_reads_is_said(tiny_onnx, tmp_path):
+    """This provider has no half convolutions, and fuses no integer ones for this placement."""
+    runtime = plugins.load_runtime("ort-cpu", {})
+    int8 = quantised(tiny_onnx, tmp_path)
+    assert runtime.describe(int8.path) == (
+        "0 of 6 INT8 layers run as integer kernels: they compute in float between Q and DQ, so "
+        "expect no gain",
+    )
+    half = plugins.load_precision("fp16", {}).convert(onnx.load(tiny_onnx.path), {}).model
+    onnx.save(half, tmp_path / "half.onnx")
+    (note,) = runtime.describe(tmp_path / "half.onnx")
+    assert note.startswith("0 of 7 layers compute in half")
 
 
 def test_a_graph_with_half_input_and_output_is_fed_halves(tiny_onnx, tmp_path):
@@ -156,6 +169,20 @@ def test_an_engine_cannot_pass_for_run_where_there_is_no_gpu(tiny_onnx, tmp_path
     assert runtime.missing("build") is None
     assert runtime.missing("run") == reason
     assert plugins.load_runtime("tensorrt-rtx", {"targets": ["current"]}).missing("build") == reason
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [("sm89", None), ("sm90", "the NVIDIA GPU here is sm90, and not a target")],
+)
+def test_an_engine_for_other_gpus_is_not_run_on_this_one(monkeypatch, here, reason):
+    monkeypatch.setattr("exporter.runtimes.tensorrt_rtx.missing_gpu", lambda: None)
+    monkeypatch.setattr("exporter.runtimes.tensorrt_rtx.compute_capability", lambda: here)
+    targeted = plugins.load_runtime("tensorrt-rtx", {"targets": ["sm86", "sm89"]})
+    current = plugins.load_runtime("tensorrt-rtx", {"targets": ["current"]})
+    assert (targeted.missing("build"), targeted.missing("run")) == (None, reason)
+    assert (current.missing("build"), current.missing("run")) == (None, None)
 
 
 def with_zero_points(model: OnnxModel, folder, value: np.ndarray) -> OnnxModel:

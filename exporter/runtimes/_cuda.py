@@ -21,9 +21,8 @@ NO_GPU = "no NVIDIA GPU"
 @lru_cache(maxsize=1)
 def missing_gpu() -> str | None:
     """Return why no GPU can be used here, or None if the driver has one."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(library)
+        driver = ctypes.CDLL(_library())
     except OSError:
         return f"{NO_GPU} (no driver)"
     if code := driver.cuInit(0):
@@ -32,6 +31,23 @@ def missing_gpu() -> str | None:
     if driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return f"{NO_GPU} (the driver has none)"
     return None
+
+
+@lru_cache(maxsize=1)
+def compute_capability() -> str:
+    """Return the first GPU's compute capability, say ``sm89``. `missing_gpu` must be None."""
+    driver = ctypes.CDLL(_library())
+    device, found = ctypes.c_int(), []
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        found.append(value.value)
+    return f"sm{found[0]}{found[1]}"
+
+
+def _library() -> str:
+    return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 def runtime_api() -> Any:

@@ -79,8 +79,8 @@ class OnnxRuntime(Plugin, frozen=True):
             )
         if has_half(graph) and (half := half_layers(executed)) < layers:
             notes.append(
-                f"{half} of {layers} layers compute in half: the others have no such kernel in this "
-                "provider, so their weights are rounded to half here and their activations are not"
+                f"{half} of {layers} layers compute in half: for the others this provider has no such "
+                "kernel, so it rounds their weights to half and their activations not at all"
             )
         return tuple(notes)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from exporter.contracts import Action
 from exporter.errors import BuildError, UnknownName
-from exporter.runtimes._cuda import missing_gpu
+from exporter.runtimes._cuda import compute_capability, missing_gpu
 from exporter.runtimes._graph import float32_products, is_quantised
 from exporter.runtimes._trt import TensorRt
 
@@ -41,9 +41,17 @@ class TensorRtRtx(TensorRt, frozen=True):
             raise ValueError(f'targets: "{CURRENT}" stands alone, found {", ".join(self.targets)}')
 
     def missing(self, action: Action) -> str | None:
+        """Return what is missing: to build, a GPU only for ``current``; to run, one of a target."""
         if reason := self._missing_package():
             return reason
-        return missing_gpu() if action == "run" or CURRENT in self.targets else None
+        if action == "build" and CURRENT not in self.targets:
+            return None
+        if reason := missing_gpu():
+            return reason
+        here = compute_capability()
+        if CURRENT in self.targets or here in self.targets:
+            return None
+        return f"the NVIDIA GPU here is {here}, and not a target"
 
     def refuse(self, graph: onnx.GraphProto, name: str) -> None:
         """Raise `BuildError` for a graph that the library would refuse, or spoil in silence."""

@@ -1,0 +1,185 @@
+"""One run's request, resolved: everything that can be wrong on paper is found here.
+
+Names, options, files and shapes are looked at before any work is done, so that a mistake costs
+seconds and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from exporter import samples
+from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
+from exporter.errors import InputRefused, RuntimeMissing
+from exporter.parity import collect_outputs
+from exporter.plugins import load_model, load_precision, load_runtime
+from exporter.profile import Profile
+from exporter.records import Array, Feed, Source, Stage, TensorSpec
+from exporter.samples import Samples
+from exporter.weights import load_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(slots=True)
+class Job:
+    """What was asked for, found possible; and how long each stage of it took."""
+
+    name: str
+    model: Model
+    module: nn.Module
+    weights: Path
+    weights_sha256: str
+    input: TensorSpec
+    profile: Profile
+    precisions: dict[str, Precision]
+    runtimes: dict[str, Runtime]
+    held_out: Samples
+    noise: Array
+    calibration: Samples | None
+    progress: Progress
+    stages: list[Stage] = field(default_factory=list)
+
+    @classmethod
+    def resolve(
+        cls,
+        model: str | Model,
+        profile: Profile,
+        *,
+        weights: Path | None,
+        input_shape: tuple[int, ...] | None,
+        calibration: Array | None,
+        progress: Progress,
+    ) -> Job:
+        """Return the job. Raises the `ExportError` of whatever is wrong with the request."""
+        name = model if isinstance(model, str) else type(model).__name__.lower()
+        chosen = load_model(model) if isinstance(model, str) else model
+        runtimes = _runtimes(profile)
+        precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
+        spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
+        path = weights or chosen.weights
+        module = chosen.module()
+        digest = load_weights(module, path)
+        _check_input(module, spec, name)
+        needed = any(precision.needs_statistics for precision in precisions.values())
+        return cls(
+            name=name,
+            model=chosen,
+            module=module,
+            weights=path,
+            weights_sha256=digest,
+            input=spec,
+            profile=profile,
+            precisions=precisions,
+            runtimes=runtimes,
+            held_out=samples.load_split(chosen.data, spec.shape, "held-out"),
+            noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
+            calibration=_calibration(chosen, profile, spec, calibration, needed=needed),
+            progress=progress,
+        )
+
+    @contextmanager
+    def stage(self, what: str, total: int | None = None) -> Iterator[Advance]:
+        """Report a stage's progress, and note how long it took."""
+        start = perf_counter()
+        with self.progress(what, total) as advance:
+            yield advance
+        self.stages.append(Stage(what, perf_counter() - start))
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Give PyTorch the profile's threads, and its own back afterwards."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.profile.timing.pytorch_threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def outputs(self, session: Session, inputs: Array, advance: Advance = lambda: None) -> Array:
+        """Return what a session makes of the inputs, (samples, outputs) float64."""
+        size = self.profile.batch.opt
+        return collect_outputs(
+            session,
+            samples.feeds(inputs, self.input.name, size=size),
+            self.model.output.name,
+            samples=len(inputs),
+            advance=advance,
+        )
+
+    def all_outputs(self, session: Session, what: str) -> tuple[Array, Array]:
+        """Return what a session makes of the held-out samples and of the noise, as a stage."""
+        size = self.profile.batch.opt
+        inputs = (self.held_out.inputs, self.noise)
+        with self.stage(what, sum(-(-len(part) // size) for part in inputs)) as advance:
+            held_out, noise = (self.outputs(session, part, advance) for part in inputs)
+        return held_out, noise
+
+    def feed(self, size: int) -> Feed:
+        """Return one batch of held-out samples."""
+        return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
+
+    @property
+    def noise_name(self) -> str:
+        return f"{len(self.noise)} noise samples"
+
+    def source(self) -> Source:
+        """Return the record of what is exported."""
+        return Source(
+            model=self.name,
+            weights=self.weights.name,
+            weights_sha256=self.weights_sha256,
+            parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            input=self.input,
+            output=self.model.output,
+            opset=self.profile.opset,
+        )
+
+
+def _runtimes(profile: Profile) -> dict[str, Runtime]:
+    runtimes = {name: load_runtime(name, options) for name, options in profile.runtime.items()}
+    for name, runtime in runtimes.items():
+        if reason := runtime.missing("build"):
+            raise RuntimeMissing(
+                f"the runtime {name!r} cannot be used here: {reason}",
+                hint=f"pip install 'resnet-export[{name}]', or choose another profile",
+            )
+    return runtimes
+
+
+def _calibration(
+    model: Model, profile: Profile, spec: TensorSpec, given: Array | None, *, needed: bool
+) -> Samples | None:
+    """Return the samples that set the scales: the user's own, or a draw from the training split."""
+    if given is not None:
+        checked = samples.check_calibration(given, spec, origin="the given array")
+        return Samples(checked, checked[:0], f"{len(checked)} samples of the given array")
+    if not needed:
+        return None
+    wanted = profile.calibration
+    training = samples.load_split(model.data, spec.shape, "train")
+    return samples.draw(training, count=wanted.images, seed=wanted.seed)
+
+
+def _check_input(module: nn.Module, spec: TensorSpec, name: str) -> None:
+    """Raise `InputRefused` unless the network takes the shape; on torch's meta device, for free."""
+    import torch
+
+    shape = " × ".join(map(str, spec.shape))
+    if min(spec.shape) < 1:
+        raise InputRefused(f"{name} cannot take an input of {shape}: every size must be 1 or more")
+    try:
+        with torch.inference_mode():
+            deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputRefused(f"{name} cannot take an input of {shape}: {reason}") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Return a bundle's manifest, or None if the folder is not a bundle."""
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
@@ -52,16 +53,20 @@ def new_bundle(final: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; publish it as ``final`` if nothing was raised.
 
     `write_manifest` must have been called by then. Raises `OutputError` up front if ``final``
-    cannot be written or holds anything but a bundle, and later if the disk refuses.
+    cannot be written or holds anything but a bundle, and later if the disk refuses. Folders that
+    had to be made for it are removed again if something was raised.
     """
     final = Path(os.path.abspath(final))  # noqa: PTH100 - resolve() would follow a link at the end
-    _refuse_foreign(final)
+    made: list[Path] = []
     try:
+        _refuse_foreign(final)
+        made = [folder for folder in final.parents if not folder.exists()]
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final)
         partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
         partial.mkdir()
     except OSError as error:
+        _remove_empty(made)
         raise _unwritable(final, error) from error
     try:
         yield partial
@@ -73,6 +78,13 @@ def new_bundle(final: Path) -> Iterator[Path]:
         raise _unwritable(final, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # the innermost first
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_manifest(folder: Path, *, tool: str, environment: Mapping[str, str]) -> Manifest:
@@ -87,25 +99,37 @@ def write_manifest(folder: Path, *, tool: str, environment: Mapping[str, str]) -
 def _refuse_foreign(final: Path) -> None:
     if final.is_symlink():
         raise OutputError(f"{final.name} is a symbolic link", hint="name the folder it points to")
+    if final in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(
+            f"{str(final)!r} is the current folder or holds it, and a bundle replaces its folder",
+            hint="name a folder inside it, say --out build",
+        )
     if not final.exists():
         return
     if not final.is_dir():
         raise OutputError(f"{final.name} is a file, where the bundle's folder would go")
-    found = {p.relative_to(final).as_posix() for p in final.rglob("*") if not p.is_dir()}
     manifest = read_manifest(final)
     ours = {file.name for file in manifest.files} | {MANIFEST} if manifest else set()
-    if foreign := sorted(found - ours):
-        raise OutputError(
-            f"{final.name} holds files that are not of a bundle, say {foreign[0]!r}, "
-            "so it is not replaced",
-            hint="name another folder with --out, or move them away",
-        )
+    for path in final.rglob("*"):
+        name = path.relative_to(final).as_posix()
+        if name not in ours and (path.is_symlink() or not path.is_dir()):
+            raise OutputError(
+                f"{final.name} holds files that are not of a bundle, say {name!r}, so it is not "
+                "replaced",
+                hint="name another folder with --out, or move them away",
+            )
 
 
 def _remove_leftovers(final: Path) -> None:
-    for leftover in final.parent.glob(f".{final.name}.*.partial"):
-        owner = leftover.name.split(".")[-2]
-        if owner.isdigit() and not _is_alive(int(owner)):
+    """Clear up after killed runs; a bundle that one had set aside goes back to its place."""
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.partial(\.old)?")
+    for leftover in final.parent.iterdir():
+        found = pattern.fullmatch(leftover.name)
+        if not found or _is_alive(int(found[1])):
+            continue
+        if found[2] and not final.exists():
+            leftover.rename(final)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exporter.contracts import Advance
-from exporter.errors import InputRefused
-from exporter.records import Array, Feed
+from exporter.errors import GraphError, InputRefused
+from exporter.records import Array, Feed, rank
 
 if TYPE_CHECKING:
     import onnx
@@ -55,7 +55,7 @@ class Magnitudes:
         """
         import numpy as np
 
-        wanted = percent / 100 * self.counts.sum()
+        wanted = rank(percent, int(self.counts.sum()))
         index = int(np.searchsorted(np.cumsum(self.counts), wanted))
         edge = np.array([min(index + 1, _BINS - 1) << _SHIFT], dtype=np.uint32).view(np.float32)[0]
         return min(float(edge), self.amax)
@@ -74,21 +74,20 @@ def calibrate(
     """Run the FP32 graph on every feed and return the magnitudes of each watched tensor.
 
     A feed has one sample; ``advance`` is called after each. The argument is left as it was. Raises
-    `InputRefused` if there is no feed, or if one makes an activation NaN or infinite.
+    `InputRefused` if there is no feed or one is not finite, `GraphError` if an activation is not.
     """
     import numpy as np
     import onnx
     import onnxruntime as ort
 
     names = watched_tensors(model)
-    inputs = {value.name for value in model.graph.input}
     watching = onnx.ModelProto()
     watching.CopyFrom(model)
-    del watching.graph.output[:]
+    known = {value.name for value in (*model.graph.input, *model.graph.output)}
     watching.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         for name in names
-        if name not in inputs
+        if name not in known
     )
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -102,8 +101,12 @@ def calibrate(
         values = {**feed, **dict(zip(computed, session.run(computed, dict(feed)), strict=True))}
         for name in names:
             if not np.isfinite(values[name]).all():
-                raise InputRefused(
-                    f"calibration sample {count} makes the tensor {name!r} NaN or infinite"
+                if name in feed:
+                    raise InputRefused(f"calibration sample {count} holds NaN or infinite values")
+                layer = next((n.name for n in model.graph.node if name in n.output), name)
+                raise GraphError(
+                    f"in float32 the network's {layer!r} gives NaN or infinite values on "
+                    f"calibration sample {count}"
                 )
             found[name].add(values[name])
         count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import tomllib
@@ -20,9 +21,9 @@ from exporter.version import __version__
 if TYPE_CHECKING:
     from exporter.contracts import Advance, Progress
 
-EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, 2 usage,
-3 input refused, 4 environment unfit, 5 the bundle could not be written, 130 interrupted,
-143 terminated."""
+EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed or one of
+several artefacts could not be made, 2 usage, 3 input refused, 4 environment unfit, 5 disk or memory
+does not suffice, 130 interrupted, 143 terminated."""
 
 
 class Failure(click.ClickException):
@@ -37,21 +38,31 @@ class Group(click.Group):
     """The one place where an `ExportError` becomes a message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _terminated)
+        stopped = _Stopped()
         try:
             return super().invoke(ctx)
         except ExportError as error:
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             raise Failure(error) from error
-        except KeyboardInterrupt:
+        except BaseException:  # some libraries turn an interrupted import into another error
+            if not stopped.by:
+                raise
             click.echo("Interrupted: nothing was left behind.", err=True)
-            raise SystemExit(130) from None
+            raise SystemExit(128 + stopped.by) from None
 
 
-def _terminated(signum: int, frame: object) -> None:  # noqa: ARG001 - a signal handler
-    """Leave as on Ctrl-C, through every clean-up, and with the exit code that shells expect."""
-    raise SystemExit(128 + signum)
+class _Stopped:
+    """Ctrl-C and SIGTERM, as one exception that passes every clean-up; ``by`` is the signal."""
+
+    def __init__(self) -> None:
+        self.by = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._stop)
+
+    def _stop(self, signum: int, frame: object) -> None:
+        self.by = signum
+        raise KeyboardInterrupt
 
 
 class Shape(click.ParamType[tuple[int, ...]]):
@@ -61,7 +72,7 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         parts = str(value).lower().replace("×", "x").split("x")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        if len(parts) != 3 or not all(re.fullmatch("[0-9]+", part) for part in parts):
             self.fail(f"{value!r} is not a shape such as 1x224x224", param, ctx)
         return tuple(map(int, parts))
 
@@ -153,16 +164,15 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
         with progress("load PyTorch", None):
             from rich.console import Console
 
-            from exporter import pipeline, samples
+            from exporter import pipeline
             from exporter.renderers import terminal
-        calibration = asked["calibration"] and samples.load_array(asked["calibration"])
         report = pipeline.run(
             asked["model"],
             profile,
             asked["out"],
             weights=asked["weights"],
             input_shape=asked["input_shape"],
-            calibration=calibration,
+            calibration=asked["calibration"],
             progress=progress,
         )
     width = None if sys.stdout.isatty() else 120
@@ -175,9 +185,9 @@ def _overrides(asked: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if asked["target"]:
         found["runtime.tensorrt-rtx.targets"] = _split(asked["target"])
-    if asked["batch"]:
+    if asked["batch"] is not None:
         sizes = asked["batch"].split(",")
-        if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+        if len(sizes) != 3 or not all(re.fullmatch(" *-?[0-9]+ *", size) for size in sizes):
             raise ProfileError(f"--batch {asked['batch']}: expected MIN,OPT,MAX, say 1,8,32")
         found |= zip(("batch.min", "batch.opt", "batch.max"), map(int, sizes), strict=True)
     for setting in asked["settings"]:

@@ -29,6 +29,41 @@ def capture() -> dict[str, str]:
     return found
 
 
+def memory_bytes() -> int | None:
+    """Return the machine's physical memory, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+class OtherLoad:
+    """How busy other processes keep the machine meanwhile; Linux tells, elsewhere it is None."""
+
+    def __init__(self) -> None:
+        self._start = _processor_seconds()
+
+    def share(self) -> float | None:
+        """Return other processes' part of all processor time since this was made, 0 to 1."""
+        if self._start is None or (now := _processor_seconds()) is None:
+            return None
+        busy, idle, own = (after - before for after, before in zip(now, self._start, strict=True))
+        return max(0.0, busy - own) / (busy + idle) if busy + idle > 0 else None
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Return the seconds that all processors were busy and idle, and this process's own."""
+    try:
+        first = Path("/proc/stat").read_text("ascii").splitlines()[0]
+        tick = os.sysconf("SC_CLK_TCK")
+    except (AttributeError, OSError, ValueError):
+        return None
+    user, nice, system, idle, iowait, irq, softirq, steal = map(int, first.split()[1:9])
+    busy = user + nice + system + irq + softirq + steal
+    own = sum(os.times()[:2])
+    return busy / tick, (idle + iowait) / tick, own
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -8,6 +8,7 @@
     ├── RuntimeMissing  4  the runtime's package or its device is not on this machine
     ├── BuildError      4  a runtime refused the graph
     ├── OutputError     5  the bundle could not be written
+    ├── OutOfMemory     5  what was asked for does not fit into this machine's memory
     └── ParityError     1  outputs differ from PyTorch's by more than the profile allows
 
 Anything else that escapes is a bug, and looks like one.
@@ -46,6 +47,11 @@ class UnknownName(ExportError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         super().__init__(f"no {kind} named {name!r}", hint=nearest(name, known))
 
+    def at(self, place: str) -> UnknownName:
+        """Return the error, saying where the name was read."""
+        self.args = (f"{place}: {self}",)
+        return self
+
 
 class InputRefused(ExportError):
     """Weights, calibration data or an input shape that cannot be used."""
@@ -73,6 +79,12 @@ class BuildError(ExportError):
 
 class OutputError(ExportError):
     """The bundle could not be written."""
+
+    exit_code = 5
+
+
+class OutOfMemory(ExportError):
+    """What was asked for does not fit into this machine's memory."""
 
     exit_code = 5
 

@@ -68,8 +68,9 @@ def count_flops(model: onnx.ModelProto) -> Cost:
     """Return each node's multiply-accumulates, parameters and bytes, for a batch of one.
 
     ``weight_bytes`` are the bytes of the constants a node brings in, as they are stored;
-    ``activation_bytes`` those of what it writes, in the type it writes. A constant that several
-    nodes read is the first one's. Raises `GraphError` if a shape cannot be inferred.
+    ``activation_bytes`` those of what it writes, in the type it writes; a DequantizeLinear writes
+    none, since it is read where it stands. A constant that several nodes read is the first one's.
+    Raises `GraphError` if a shape cannot be inferred.
     """
     import onnx
 
@@ -78,9 +79,10 @@ def count_flops(model: onnx.ModelProto) -> Cost:
     counted, uncounted = [], Counter[str]()
     for node in graph.node:
         brought = [stored.pop(name) for name in dict.fromkeys(node.input) if name in stored]
-        if node.op_type not in MACS and node.op_type not in FREE:
-            uncounted[node.op_type] += 1
-        formula = MACS.get(node.op_type)
+        kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+        if kind not in MACS and kind not in FREE:
+            uncounted[kind] += 1
+        formula = MACS.get(kind)
         counted.append(
             LayerCost(
                 name=node.name,
@@ -89,10 +91,16 @@ def count_flops(model: onnx.ModelProto) -> Cost:
                 macs=formula(node, shape) if formula else 0,
                 parameters=sum(prod(tensor.dims) for tensor in brought if _is_weight(tensor, node)),
                 weight_bytes=sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in brought),
-                activation_bytes=sum(prod(shape[n]) * width[n] for n in node.output if n in width),
+                activation_bytes=sum(prod(shape[n]) * width[n] for n in _written(node, width)),
             )
         )
     return Cost(tuple(counted), dict(uncounted))
+
+
+def _written(node: onnx.NodeProto, width: Mapping[str, int]) -> tuple[str, ...]:
+    if node.op_type == "DequantizeLinear":
+        return ()
+    return tuple(name for name in node.output if name in width)
 
 
 def _is_weight(tensor: onnx.TensorProto, node: onnx.NodeProto) -> bool:
@@ -114,7 +122,8 @@ def _inferred(
     single = onnx.ModelProto()
     single.CopyFrom(model)
     for value in (*single.graph.input, *single.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
     del single.graph.value_info[:]
     try:
         single = onnx.shape_inference.infer_shapes(single, strict_mode=True, data_prop=True)
@@ -125,6 +134,14 @@ def _inferred(
     width: dict[str, int] = {}
     for value in (*single.graph.input, *single.graph.output, *single.graph.value_info):
         tensor = value.type.tensor_type
-        shape[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
-        width[value.name] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+            shape[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+            width[value.name] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+    for node in single.graph.node:
+        for name in (*node.input, node.output[0]):
+            if name and name not in shape:
+                raise GraphError(
+                    f"cannot infer the shapes of the graph: {name!r}, read or written by "
+                    f"{node.op_type} {node.name!r}, has none"
+                )
     return single.graph, shape, width

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from exporter import samples
+from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
-from exporter.errors import InputRefused, RuntimeMissing
+from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.parity import collect_outputs
 from exporter.plugins import load_model, load_precision, load_runtime
 from exporter.profile import Profile
@@ -55,7 +56,7 @@ class Job:
         *,
         weights: Path | None,
         input_shape: tuple[int, ...] | None,
-        calibration: Array | None,
+        calibration: Array | Path | None,
         progress: Progress,
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request."""
@@ -64,6 +65,7 @@ class Job:
         runtimes = _runtimes(profile)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
+        _check_memory(spec, profile)
         path = weights or chosen.weights
         module = chosen.module()
         digest = load_weights(module, path)
@@ -136,7 +138,7 @@ class Job:
         """Return the record of what is exported."""
         return Source(
             model=self.name,
-            weights=self.weights.name,
+            weights=self.weights.name.encode(errors="replace").decode(),  # names may be any bytes
             weights_sha256=self.weights_sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             input=self.input,
@@ -151,23 +153,41 @@ def _runtimes(profile: Profile) -> dict[str, Runtime]:
         if reason := runtime.missing("build"):
             raise RuntimeMissing(
                 f"the runtime {name!r} cannot be used here: {reason}",
-                hint=f"pip install 'resnet-export[{name}]', or choose another profile",
+                hint=f"pip install 'resnet-export[{name}]'"
+                if "No module" in reason
+                else "choose another profile or target, or another machine",
             )
     return runtimes
 
 
 def _calibration(
-    model: Model, profile: Profile, spec: TensorSpec, given: Array | None, *, needed: bool
+    model: Model, profile: Profile, spec: TensorSpec, given: Array | Path | None, *, needed: bool
 ) -> Samples | None:
     """Return the samples that set the scales: the user's own, or a draw from the training split."""
     if given is not None:
-        checked = samples.check_calibration(given, spec, origin="the given array")
-        return Samples(checked, checked[:0], f"{len(checked)} samples of the given array")
+        origin = given.name if isinstance(given, Path) else "the given array"
+        array = samples.load_array(given) if isinstance(given, Path) else given
+        samples.check_calibration(array, spec, origin=origin)
+        return Samples(array, array[:0], f"{len(array)} samples of {origin}")
     if not needed:
         return None
     wanted = profile.calibration
     training = samples.load_split(model.data, spec.shape, "train")
     return samples.draw(training, count=wanted.images, seed=wanted.seed)
+
+
+def _check_memory(spec: TensorSpec, profile: Profile) -> None:
+    """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways."""
+    memory = environment.memory_bytes()
+    count = samples.MOST + profile.parity.random + profile.timing.batches[-1]
+    needed = count * prod(spec.shape) * 4
+    if memory and needed > memory:
+        shape = " × ".join(map(str, spec.shape))
+        raise OutOfMemory(
+            f"{count} samples of {shape} are {needed / 1e9:.0f} GB, more than this machine's "
+            f"{memory / 1e9:.0f} GB of memory",
+            hint="lower --input or parity.random",
+        )
 
 
 def _check_input(module: nn.Module, spec: TensorSpec, name: str) -> None:

@@ -37,6 +37,7 @@ from exporter.records import (
     Artefact,
     File,
     FoldRecord,
+    Latency,
     OnnxModel,
     Parity,
     Report,
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     import onnx
 
 PYTORCH = "PyTorch eager, fp32"
+_USEFUL = 0.5  # accuracy below which a network's labels are hardly worth preserving
+_BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
+_UNSTEADY = 1.25  # p90 / p50 from which a candidate's latency is in doubt
 _FOLD_SAMPLES = 8  # enough to see a wrong fold, whose error is some 1e13 times that of a right one
 
 
@@ -62,14 +66,15 @@ def run(
     *,
     weights: Path | None = None,
     input_shape: tuple[int, ...] | None = None,
-    calibration: Array | None = None,
+    calibration: Array | Path | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
-    (safetensors), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W) float32,
-    the draw from its training samples. The bundle ``out`` is written whole or not at all.
+    (safetensors), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W) float32 or
+    a .npy file of that, the draw from its training samples. The bundle ``out`` is written whole or
+    not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -83,9 +88,9 @@ def run(
         calibration=calibration,
         progress=progress,
     )
+    with job.stage("fold BatchNorm"):
+        folded = fold_batchnorm(job.module)
     with new_bundle(out) as folder, job.threads(), ExitStack() as sessions:
-        with job.stage("fold BatchNorm"):
-            folded = fold_batchnorm(job.module)
         with job.stage("export to ONNX"):
             source = export_onnx(
                 folded.module,
@@ -97,6 +102,9 @@ def run(
             )
         truth = _Truth.compute(job)
         bench = _Bench(job, truth, sessions, timed={PYTORCH: truth.pytorch})
+        fold = _check_fold(job, folded, truth)
+        variants = _variants(job, source, bench)
+        latency, doubts = _time(job, bench.timed)
         report = Report(
             schema=SCHEMA,
             tool=TOOL,
@@ -104,15 +112,11 @@ def run(
             profile=msgspec.json.decode(msgspec.json.encode(profile)),
             environment=environment.capture(),
             calibration=job.calibration.origin if job.calibration else None,
-            fold=_check_fold(job, folded, truth),
+            fold=fold,
             pytorch=truth.parities,
-            variants=_variants(job, source, bench),
-            latency=measure_latency(
-                bench.timed,
-                {size: job.feed(size) for size in profile.timing.batches},
-                profile.timing,
-                progress=job.stage,
-            ),
+            variants=variants,
+            latency=latency,
+            doubts=(*_doubts_of_accuracy(truth), *doubts),
             stages=tuple(job.stages),
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
@@ -159,39 +163,60 @@ def _check_fold(job: Job, folded: Folded, truth: _Truth) -> FoldRecord:
     return FoldRecord(folded.fates, error)
 
 
+def _doubts_of_accuracy(truth: _Truth) -> tuple[str, ...]:
+    accuracy = truth.parities[0].reference_accuracy
+    if accuracy is None or accuracy >= _USEFUL:
+        return ()
+    return (
+        f"the network itself labels only {accuracy:.1%} of the held-out samples correctly, so that "
+        "agreement and accuracy say little",
+    )
+
+
 # ── One precision after another ─────────────────────────────────────────────────────
 
 
 def _variants(job: Job, source: OnnxModel, bench: _Bench) -> tuple[Variant, ...]:
+    """Return every precision, those that cannot be made with the reason. Raises if none can."""
     import onnx
 
     graph = onnx.load(source.path)
     statistics: Mapping[str, Any] = {}
-    if any(precision.needs_statistics for precision in job.precisions.values()):
-        assert job.calibration is not None  # Job.resolve saw to it
-        inputs = job.calibration.inputs
-        with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
-            statistics = calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
-    variants = []
+    variants: list[Variant] = []
+    errors: list[ExportError] = []
     for name, precision in job.precisions.items():
         try:
+            if precision.needs_statistics and not statistics:
+                statistics = _calibrate(job, graph)
             with job.stage(f"{name}: convert"):
                 converted = _convert(precision, graph, statistics, name)
         except GraphError as error:
-            refused = tuple(Artefact(name, r, None, refused=str(error)) for r in job.runtimes)
-            variants.append(Variant(name, None, None, (), refused))
+            errors.append(error)
+            variants.append(Variant(name, refused=_with_hint(error)))
             continue
-        model = source._replace(
-            path=source.path.with_name(f"{job.name}.{name}.onnx"), precision=name
-        )
-        onnx.save(converted.model, model.path)
+        path = source.path.with_name(f"{job.name}.{name}.onnx")
+        onnx.save(converted.model, path)
+        model = source._replace(path=path, precision=name)
         artefacts = tuple(bench.judge(model, *runtime) for runtime in job.runtimes.items())
-        file = File.of(model.path, model.path.parent)
         cost = count_flops(converted.model)
+        file = File.of(path, path.parent)
         variants.append(Variant(name, file, cost, converted.notes, artefacts))
+    if len(errors) == len(job.precisions):
+        raise errors[0]
     if "fp32" not in job.precisions:
         source.path.unlink()
     return tuple(variants)
+
+
+def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
+    assert job.calibration is not None  # Job.resolve saw to it
+    inputs = job.calibration.inputs
+    with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
+        return calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+
+
+def _with_hint(error: ExportError) -> str:
+    return f"{error} ({error.hint})" if error.hint else str(error)
 
 
 def _convert(
@@ -226,7 +251,7 @@ class _Bench:
             with self.job.stage(f"{artefact.name}: build"):
                 path = runtime.build(model, folder)
         except BuildError as error:
-            return msgspec.structs.replace(artefact, refused=str(error))
+            return msgspec.structs.replace(artefact, refused=_with_hint(error))
         artefact = msgspec.structs.replace(
             artefact,
             file=File.of(path, folder),
@@ -240,7 +265,7 @@ class _Bench:
             session = self.open_sessions.enter_context(runtime.open(path))
             parity = self._compare(session, artefact)
         except ExportError as error:
-            return msgspec.structs.replace(artefact, refused=str(error))
+            return msgspec.structs.replace(artefact, refused=_with_hint(error))
         self.timed[artefact.name] = session
         return msgspec.structs.replace(artefact, parity=parity)
 
@@ -265,3 +290,27 @@ class _Bench:
                 noise_floor=noise.rel_l2,
             ),
         )
+
+
+# ── Latency ─────────────────────────────────────────────────────────────────────────
+
+
+def _time(job: Job, timed: Mapping[str, Session]) -> tuple[tuple[Latency, ...], tuple[str, ...]]:
+    """Return every candidate's latency, and the reasons not to trust it."""
+    timing = job.profile.timing
+    batches = {size: job.feed(size) for size in timing.batches}
+    others = environment.OtherLoad()
+    latency = measure_latency(timed, batches, timing, progress=job.stage)
+    doubts = []
+    if (share := others.share()) is not None and share > _BUSY:
+        doubts.append(
+            f"other processes took {share:.0%} of the processors while latency was measured, so "
+            "that it may not hold"
+        )
+    doubts += [
+        f"the latency of {found.name} at batch {found.batch} is unsteady: its p90 is "
+        f"{found.p90_ms / found.p50_ms:.1f} times its p50"
+        for found in latency
+        if found.p90_ms > _UNSTEADY * found.p50_ms
+    ]
+    return latency, tuple(doubts)

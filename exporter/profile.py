@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -61,6 +62,10 @@ class Profile(Asked, frozen=True):
 
     def only(self, precisions: tuple[str, ...]) -> Profile:
         """Return the profile with just these precisions. Raises `ProfileError` for one it lacks."""
+        if not precisions:
+            raise ProfileError(
+                "no precision was chosen", hint=f"known: {', '.join(sorted(self.precision))}"
+            )
         for name in precisions:
             if name not in self.precision:
                 raise ProfileError(
@@ -99,8 +104,10 @@ def load_profile(name_or_path: str | Path, overrides: Mapping[str, Any] | None =
             raise UnknownName("profile", str(name_or_path), known)
         source, where = known[str(name_or_path)], f"{name_or_path}.toml"
     table = _parse(source, where)
+    if overrides:
+        where += " with what overrides it"
     for key, value in (overrides or {}).items():
-        _override(table, key, value)
+        _override(table, key, deepcopy(value))
     return read_profile(table, where=where)
 
 
@@ -120,10 +127,13 @@ def read_profile(table: Mapping[str, Any], *, where: str) -> Profile:
         {**rest, "runtime": runtimes, "precision": msgspec.to_builtins(choices)},
         where=where,
     )
-    for name, options in profile.runtime.items():
-        load_runtime(name, options, where=f"{where}: runtime.{name}")
-    for name, choice in profile.precision.items():
-        load_precision(name, choice.options, where=f"{where}: precision.{name}.options")
+    try:
+        for name, options in profile.runtime.items():
+            load_runtime(name, options, where=f"{where}: runtime.{name}")
+        for name, choice in profile.precision.items():
+            load_precision(name, choice.options, where=f"{where}: precision.{name}.options")
+    except UnknownName as error:
+        raise error.at(where) from error
     return profile
 
 
@@ -146,7 +156,7 @@ def _parse(source: Traversable, where: str) -> dict[str, Any]:
         raise ProfileError(f"{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ProfileError(f"{where}: not UTF-8 text (byte {error.start})") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib passes on what int() refuses
         raise ProfileError(f"{where}: not valid TOML: {error}") from error
 
 

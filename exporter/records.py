@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +26,7 @@ Outputs: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 Array: TypeAlias = "npt.NDArray[Any]"
 Verdict: TypeAlias = Literal["pass", "fail", "not checked"]
 
+MOST_THREADS = 256
 SCHEMA = 1  # of report.json and manifest.json; history: 1, November 2026, the first
 
 
@@ -63,6 +65,12 @@ class BatchRange(Asked, frozen=True):
         return f"{self.min} to {self.max}, tuned for {self.opt}"
 
 
+def check_threads(name: str, threads: int) -> None:
+    """Raise `ValueError` for a count that no pool takes; libraries crash on absurd ones."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise ValueError(f"{name} must be from 0 to {MOST_THREADS}, found {threads}")
+
+
 class Timing(Asked, frozen=True):
     """How latency is sampled: every candidate in turn, ``runs`` times, at each batch size.
 
@@ -81,8 +89,12 @@ class Timing(Asked, frozen=True):
             raise ValueError(
                 f"need warmup >= 0 and runs >= 2, found warmup {self.warmup} and runs {self.runs}"
             )
-        if self.pytorch_threads < 0:
-            raise ValueError(f"pytorch_threads must be 0 or more, found {self.pytorch_threads}")
+        check_threads("pytorch_threads", self.pytorch_threads)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, found {seed}")
 
 
 class ParityInputs(Asked, frozen=True):
@@ -92,10 +104,9 @@ class ParityInputs(Asked, frozen=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.random < 1 or self.seed < 0:
-            raise ValueError(
-                f"need random >= 1 and seed >= 0, found random {self.random}, seed {self.seed}"
-            )
+        if self.random < 1:
+            raise ValueError(f"random must be 1 or more, found {self.random}")
+        _check_seed(self.seed)
 
 
 class Calibration(Asked, frozen=True):
@@ -105,10 +116,9 @@ class Calibration(Asked, frozen=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.seed < 0:
-            raise ValueError(
-                f"need images >= 1 and seed >= 0, found images {self.images}, seed {self.seed}"
-            )
+        if self.images < 1:
+            raise ValueError(f"images must be 1 or more, found {self.images}")
+        _check_seed(self.seed)
 
 
 class Tolerance(Asked, frozen=True, omit_defaults=True):
@@ -227,6 +237,8 @@ class Parity(Found, frozen=True):
 
     @property
     def noise_multiple(self) -> float | None:
+        if self.rel_l2 == 0:
+            return 0.0
         if self.rel_l2 is None or not self.noise_floor:
             return None
         return self.rel_l2 / self.noise_floor
@@ -235,7 +247,10 @@ class Parity(Found, frozen=True):
     def accuracy_drop(self) -> float | None:
         if self.accuracy is None or self.reference_accuracy is None:
             return None
-        return self.reference_accuracy - self.accuracy
+        hits, reference = (
+            round(share * self.samples) for share in (self.accuracy, self.reference_accuracy)
+        )
+        return (reference - hits) / self.samples
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -253,9 +268,9 @@ class Parity(Found, frozen=True):
             if figure is None:
                 bad.append(f"{name} could not be computed on the {self.inputs}")
             elif name in Tolerance.UPPER and not figure <= bound:
-                bad.append(f"{name} {figure:.4g} > {bound:.4g} on the {self.inputs}")
+                bad.append(f"{name} {_apart(figure, '>', bound)} on the {self.inputs}")
             elif name in Tolerance.LOWER and not figure >= bound:
-                bad.append(f"{name} {figure:.6g} < {bound:.6g} on the {self.inputs}")
+                bad.append(f"{name} {_apart(figure, '<', bound)} on the {self.inputs}")
         return tuple(bad)
 
     @property
@@ -263,6 +278,20 @@ class Parity(Found, frozen=True):
         if self.failures:
             return "fail"
         return "pass" if self.tolerance.bounds() else "not checked"
+
+
+def rank(percent: float, count: int) -> int:
+    """Return ⌈percent / 100 · count⌉, at least 1: exact, where 99.9 / 100 · 1000 is not 999."""
+    return max(1, math.ceil(Fraction(str(percent)) * count / 100))
+
+
+def _apart(figure: float, sign: str, bound: float) -> str:
+    """Return ``figure sign bound`` with the digits it takes to tell the two apart."""
+    for digits in range(4, 18):
+        left, right = f"{figure:.{digits}g}", f"{bound:.{digits}g}"
+        if left != right:
+            break
+    return f"{left} {sign} {right}"
 
 
 class Latency(Found, frozen=True):
@@ -276,8 +305,7 @@ class Latency(Found, frozen=True):
 
     def percentile(self, percent: float) -> float:
         """Return the smallest sample that at least ``percent`` % of all do not exceed, in ms."""
-        ordered = sorted(self.samples_ms)
-        return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+        return sorted(self.samples_ms)[rank(percent, len(self.samples_ms)) - 1]
 
     @property
     def p50_ms(self) -> float:
@@ -374,13 +402,17 @@ class Artefact(Found, frozen=True):
 
 
 class Variant(Found, frozen=True):
-    """One precision: its graph, what that graph costs, and what each runtime made of it."""
+    """One precision: its graph, what that graph costs, and what each runtime made of it.
+
+    ``refused`` says why the graph could not be stored in this precision.
+    """
 
     precision: str
-    file: File | None
-    cost: Cost | None
-    notes: tuple[str, ...]
-    artefacts: tuple[Artefact, ...]
+    file: File | None = None
+    cost: Cost | None = None
+    notes: tuple[str, ...] = ()
+    artefacts: tuple[Artefact, ...] = ()
+    refused: str | None = None
 
 
 class FoldRecord(Found, frozen=True):
@@ -417,7 +449,10 @@ class Stage(Found, frozen=True):
 
 
 class Report(Found, frozen=True):
-    """The record of one run. Markdown and the terminal's table are views of it."""
+    """The record of one run. Markdown and the terminal's table are views of it.
+
+    ``doubts`` are reasons not to trust figures that are in it, one sentence each.
+    """
 
     schema: int
     tool: str
@@ -429,6 +464,7 @@ class Report(Found, frozen=True):
     pytorch: tuple[Parity, ...]
     variants: tuple[Variant, ...]
     latency: tuple[Latency, ...]
+    doubts: tuple[str, ...]
     stages: tuple[Stage, ...]
 
     @property
@@ -437,12 +473,13 @@ class Report(Found, frozen=True):
 
     @property
     def failures(self) -> tuple[str, ...]:
-        return tuple(f"{a.name}: {failure}" for a in self.artefacts for failure in a.failures)
+        unmade = tuple(f"{v.precision}: {v.refused}" for v in self.variants if v.refused)
+        return unmade + tuple(f"{a.name}: {why}" for a in self.artefacts for why in a.failures)
 
     @property
     def verdict(self) -> Verdict:
         verdicts = {artefact.verdict for artefact in self.artefacts}
-        if "fail" in verdicts:
+        if self.failures:
             return "fail"
         return "pass" if "pass" in verdicts else "not checked"
 

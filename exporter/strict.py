@@ -48,7 +48,10 @@ def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> P
         )
     if missing := _MISSING.match(said):
         return ProfileError(f"{place}: the key {missing['key']!r} is missing")
-    reason = said[0].lower() + said[1:].replace("`", "")
+    if said.startswith("Invalid enum value"):
+        value, allowed = str(_value(table, steps)), typing.get_args(_hint(cls, steps))
+        return ProfileError(f"{place}: {value!r} is not allowed", hint=nearest(value, allowed))
+    reason = said[0].lower() + said[1:].replace("`", "").replace("object", "table")
     value = _value(table, steps)
     if reason.startswith(("expected", "invalid")) and not isinstance(value, Mapping):
         reason += f", found {value!r}"
@@ -57,13 +60,18 @@ def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> P
 
 def _fields(cls: type[Any], steps: list[str]) -> tuple[str, ...]:
     """Return the keys allowed at a path, following the records' own annotations."""
+    return typing.cast("tuple[str, ...]", _hint(cls, steps).__struct_fields__)
+
+
+def _hint(cls: type[Any], steps: list[str]) -> Any:
+    """Return the annotation at a path."""
     for step in steps:
         cls = typing.get_type_hints(cls)[step]
-    return typing.cast("tuple[str, ...]", cls.__struct_fields__)
+    return cls
 
 
 def _value(table: Any, steps: list[str]) -> Any:
     """Return what the table holds at a path."""
     for step in steps:
-        table = table[int(step) if isinstance(table, list) else step]
+        table = table[step] if isinstance(table, Mapping) else table[int(step)]
     return table

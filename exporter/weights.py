@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SHOWN = 5
-_EXACT = ("F16", "BF16", "F32", "I64")
+_FLOATS = (("F32", "F16", "BF16"), "float32, float16 or bfloat16")
+_INTEGERS = (("I64", "I32", "I16", "I8", "U8"), "int64")
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
@@ -32,8 +33,10 @@ def load_weights(module: nn.Module, path: Path) -> str:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    if not path.exists():
+        raise InputRefused(f"{path}: no such weights file")
     if not path.is_file():
-        raise InputRefused(f"{path.name}: no such weights file")
+        raise InputRefused(f"{path}: not a file, so it holds no weights")
     try:
         with safe_open(path, framework="pt") as header:
             types = {key: header.get_slice(key).get_dtype() for key in header.keys()}  # noqa: SIM118 - not a dict
@@ -44,11 +47,13 @@ def load_weights(module: nn.Module, path: Path) -> str:
             hint="write it with safetensors.torch.save_file(model.state_dict(), path)",
         ) from error
     _check_keys(module.state_dict(), loaded, path.name)
-    for key, kind in types.items():
-        if kind not in _EXACT:
+    for key, wanted in module.state_dict().items():
+        kinds, words = _FLOATS if wanted.is_floating_point() else _INTEGERS
+        if types[key] not in kinds:
+            kind = str(wanted.dtype).removeprefix("torch.")
             raise InputRefused(
-                f"{path.name}: tensor {key!r} is {kind}, which does not fit float32 exactly",
-                hint="save the weights as float32, float16 or bfloat16",
+                f"{path.name}: tensor {key!r} is {types[key]}, which does not fit {kind} exactly",
+                hint=f"save it as {words}",
             )
     for key, value in loaded.items():
         if value.is_floating_point() and (bad := int((~torch.isfinite(value)).sum())):

@@ -1,7 +1,9 @@
-"""Networks small enough for every test, whose batch norms do something: fresh ones do nothing."""
+"""What tests share: small networks whose batch norms do something, and what an error must be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from exporter.contracts import Plugin
+from exporter.errors import ExportError
 from exporter.fold import fold_batchnorm
 from exporter.models._residual import residual_network
 from exporter.profile import Profile, load_profile
@@ -86,3 +89,40 @@ def quick_profile() -> Profile:
             "precision.int8.tolerance": {"sqnr_db": 10.0},
         },
     )
+
+
+DOCUMENTED = {
+    "ProfileError": 2,
+    "UnknownName": 2,
+    "InputRefused": 3,
+    "GraphError": 3,
+    "RuntimeMissing": 4,
+    "BuildError": 4,
+    "OutOfMemory": 5,
+    "OutputError": 5,
+    "ParityError": 1,
+}
+
+
+@contextmanager
+def refused(
+    kind: type[ExportError], *words: str, hint: tuple[str, ...] | None = ()
+) -> Iterator[None]:
+    """Expect exactly this error, one sentence that has the words; ``hint=None``: and no hint."""
+    with pytest.raises(ExportError) as caught:
+        yield
+    error = caught.value
+    said = str(error)
+    assert type(error) is kind, said
+    assert error.exit_code == DOCUMENTED[kind.__name__]
+    assert said
+    assert said == said.strip()
+    assert "\n" not in said
+    assert not said.endswith(".")
+    missing = [word for word in words if word not in said]
+    assert not missing, f"{said!r} does not say {missing}"
+    if hint is None:
+        assert error.hint is None
+    else:
+        unsaid = [word for word in hint if word not in (error.hint or "")]
+        assert not unsaid, f"the hint {error.hint!r} does not say {unsaid}"

@@ -42,6 +42,7 @@ def test_the_main_job_ends_well_and_says_where_the_report_lies(exported):
     done, folder = exported
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("pass: build/report.md")
+    assert "in doubt: the network itself labels only" in done.stdout  # trained at 224, not at 64
     assert (folder / "build/report.md").is_file()
     assert "Traceback" not in done.stderr
 
@@ -50,7 +51,9 @@ def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
     done, _ = exported
     for precision in ("fp32", "fp16", "int8"):
         line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu"))
-        assert re.search(r"[\d.]+ MB +pass +[\d.]+ dB +[\d.]+% +[\d.]+ ms +[\d.]+ ×", line), line
+        assert re.search(
+            r"[\d.]+ MB +pass +[\d.]+ dB +[\d.]+% +[\d.]+% +[\d.]+ ms +[\d.]+ ×", line
+        ), line
     assert "17 of 17 BatchNorms folded" in done.stdout
     assert "block1.2: Conv → ReLU → BatchNorm" in done.stdout
 
@@ -129,6 +132,10 @@ def files(tmp_path_factory) -> Path:
         'about = "x"\n[runtime.tensorrt]\n[precision.fp32]\ntolerance = { sqnr_db = 60 }\n', "utf-8"
     )
     (folder / "a-file").write_text("", "utf-8")
+    np.save(
+        folder / "denormal.npy",
+        np.full((8, 1, 64, 64), 1e-44, np.float32) * np.eye(64, dtype=np.float32),
+    )
     (folder / "full").mkdir()
     (folder / "full/thesis.tex").write_text("years of work", "utf-8")
     return folder
@@ -153,9 +160,21 @@ def files(tmp_path_factory) -> Path:
         ("--set runs", 2, "--set runs: expected KEY=VALUE"),
         ("--set batch.max=64 --set timing.batches=[128]", 2, "timing.batches must lie in batch (1 to 64), found 128"),
         ("--input 224", 2, "'224' is not a shape such as 1x224x224"),
+        ("--input ²x64x64", 2, "'²x64x64' is not a shape such as 1x224x224"),
+        ("--input 1x100000x100000", 5, "1 × 100000 × 100000 are"),
+        ("--set parity.random=100000000000", 5, "more than this machine's"),
+        ("--set parity.seed=9999999999", 2, "seed must be from 0 to 4294967295, found 9999999999"),
+        ("--set timing.pytorch_threads=100000", 2, "pytorch_threads must be from 0 to 256"),
+        ("--set runtime.ort-cpu.threads=100000", 2, "threads must be from 0 to 256"),
+        ("--set precision.int8.options.calibrator=entropy", 2, "precision.int8.options: calibrator: 'entropy' is not allowed\nHint: "),
+        ("--set timing=5", 2, "timing: expected table, got int, found 5"),
+        ("-p ,", 2, "no precision was chosen"),
+        ("--batch ²,1,1", 2, "--batch ²,1,1: expected MIN,OPT,MAX"),
+        ("--batch=", 2, "expected MIN,OPT,MAX"),
         ("--input 3x64x64", 3, "resnet18 cannot take an input of 3 × 64 × 64"),
         ("--input 1x0x64", 3, "every size must be 1 or more"),
         ("--weights {files}/none.safetensors", 3, "none.safetensors: no such weights file"),
+        ("--weights {files}", 3, "not a file, so it holds no weights"),
         ("--weights {files}/truncated.safetensors", 3, "truncated.safetensors: truncated, damaged or not a safetensors file"),
         ("--weights {files}/text.safetensors", 3, "text.safetensors: truncated, damaged or not"),
         ("--weights {files}/other.safetensors", 3, "not this network's weights: it lacks 'block1.0.weight', 'block1.0.bias',"),
@@ -169,6 +188,9 @@ def files(tmp_path_factory) -> Path:
         ("--target current", 4, "the runtime 'tensorrt-rtx' cannot be used here: no NVIDIA GPU"),
         ("--out {files}/a-file", 5, "a-file is a file, where the bundle's folder would go"),
         ("--out {files}/a-file/below", 5, "cannot write"),
+        ("--out .", 5, "is the current folder or holds it"),
+        ("--out /", 5, "is the current folder or holds it"),
+        ("--out " + "x" * 300, 5, "File name too long"),
         ("--out {files}/full", 5, "full holds files that are not of a bundle, say 'thesis.tex'"),
     ],
 )  # fmt: skip
@@ -191,6 +213,24 @@ def test_bad_input_gets_one_sentence_the_exit_code_and_leaves_nothing(
     assert sorted(files.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ("--set precision.int8.options.keep=[\"block1\"] -p int8", 2, "no layer to keep named 'block1'\nHint: did you mean 'block1.0'"),
+        ("--calibration {files}/denormal.npy -p int8", 3, "'input' cannot be quantised: its magnitude is 9.8"),
+    ],
+)  # fmt: skip
+def test_where_nothing_can_be_made_there_is_no_bundle_and_no_folder_for_it(
+    files, tmp_path, monkeypatch, args, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [arg.replace("{files}", str(files)) for arg in args.split()]
+    done = CliRunner().invoke(main, [*QUICK, *arguments, "--out", "new/sub/out"])
+    assert done.exit_code == code, done.output
+    assert said in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_debug_shows_the_traceback_and_nothing_else_does(files):
     bad = ["--profile", str(files / "bad.toml")]
     assert "Traceback" in CliRunner().invoke(main, ["--debug", *bad]).output
@@ -201,17 +241,18 @@ def test_debug_shows_the_traceback_and_nothing_else_does(files):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path, signum):
     process = subprocess.Popen(
-        [sys.executable, "-m", "exporter", *QUICK],
+        [sys.executable, "-m", "exporter", *QUICK, "--out", "new/sub/build"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     for line in process.stderr:
-        if "export to ONNX" in line:
+        if "float64" in line:
             break
     process.send_signal(signum)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert "Traceback" not in rest
+    assert "Interrupted: nothing was left behind." in rest
     assert list(tmp_path.iterdir()) == []

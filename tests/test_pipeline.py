@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -193,9 +194,30 @@ def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
     )
     verdicts = {a.name: a.verdict for a in report.artefacts}
     assert verdicts["fp32 on ort-cpu"] == "pass"
-    assert verdicts["fp16 on ort-cpu"] == "fail"
-    assert "'block2.0.conv1.weight' does not fit FP16" in report.failures[0]
+    assert "fp16 on ort-cpu" not in verdicts
+    assert report.verdict == "fail"
+    (failure,) = report.failures
+    assert failure.startswith("fp16: 'block2.0.conv1.weight' does not fit FP16: ")
+    assert failure.endswith("(export this network in fp32)")
     assert not (tmp_path / "out/tinymodel.fp16.onnx").exists()
+
+
+def test_a_network_that_overflows_float32_is_reported_as_that_and_fails(
+    tiny_module, quick_profile, tmp_path
+):
+    state = {key: value.clone() for key, value in tiny_module.state_dict().items()}
+    for layer in ("block2.0.bn1", "block2.0.bn2", "block3.0.bn1", "block3.0.bn2"):
+        state[f"{layer}.weight"] *= 1e12
+    save_file(state, tmp_path / "huge.safetensors")
+    report = exporter.run(
+        TinyModel(),
+        quick_profile.only(("fp32", "int8")),
+        tmp_path / "out",
+        weights=tmp_path / "huge.safetensors",
+    )
+    assert report.verdict == "fail"
+    assert any("outputs of the candidate are NaN or infinite" in said for said in report.failures)
+    assert any(re.search("^int8: in float32 the network's 'block", f) for f in report.failures)
 
 
 def test_a_precision_without_gates_is_not_checked(tiny_model, quick_profile, tmp_path):

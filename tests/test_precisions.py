@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from exporter import plugins
 from exporter.calibration import calibrate
-from exporter.errors import ExportError, GraphError
+from exporter.errors import ExportError, GraphError, UnknownName
 from exporter.samples import digits, feeds
 
 
@@ -239,7 +239,7 @@ def test_a_layer_to_keep_stays_in_float_and_an_unknown_one_names_the_nearest(gra
         p.output[0] for p in kept.model.graph.node if "Linear" in p.op_type
     }
     assert "block2.0.conv1, block4.2 in FP32" in kept.notes[0]
-    with pytest.raises(GraphError, match=r"no layer named 'block2\.conv1'") as refusal:
+    with pytest.raises(UnknownName, match=r"no layer to keep named 'block2\.conv1'") as refusal:
         convert("int8", graph, statistics, keep=["block2.conv1"])
     assert "'block2.0.conv1'" in (refusal.value.hint or "")
 

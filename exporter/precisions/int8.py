@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.contracts import Converted, Plugin, Statistics
-from exporter.errors import GraphError, nearest
+from exporter.errors import GraphError, UnknownName
 from exporter.precisions._half import to_half
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Int8(Plugin, frozen=True):
         return Converted(quantised, notes)
 
     def _layers(self, graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-        """Return the nodes to quantise, by name. Raises `GraphError` for an unknown ``keep``."""
+        """Return the nodes to quantise, by name. Raises `UnknownName` for an unknown ``keep``."""
         constants = {tensor.name for tensor in graph.initializer}
         weighted = {
             node.name: node
@@ -79,7 +79,7 @@ class Int8(Plugin, frozen=True):
         }
         for name in self.keep:
             if name not in weighted:
-                raise GraphError(f"keep: no layer named {name!r}", hint=nearest(name, weighted))
+                raise UnknownName("layer to keep", name, weighted)
         return {
             name: node
             for name, node in weighted.items()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from exporter.records import Artefact, File, Latency, Parity, Report
 
+NOT_MADE = "FAIL: not made"
 EVERY_P99 = 662  # samples that support a p99 at 99 % confidence (MLPerf Inference, early stopping)
 
 
@@ -18,11 +19,14 @@ class Row(NamedTuple):
     verdict: str
     sqnr: str
     agreement: str
+    accuracy: str
     latency: str
     speedup: str
 
 
-HEADS = Row("artefact", "size", "parity", "SQNR", "top-1 agreement", "p50 latency", "vs PyTorch")
+HEADS = Row(
+    "artefact", "size", "parity", "SQNR", "top-1 agreement", "accuracy", "p50 latency", "vs PyTorch"
+)
 
 
 def rows(report: Report) -> list[Row]:
@@ -38,10 +42,13 @@ def rows(report: Report) -> list[Row]:
             "the reference is its float64",
             decibels(held_out.sqnr_db),
             share(held_out.agreement),
+            share(held_out.accuracy),
             milliseconds(pytorch),
             "1.00 ×" if pytorch else "",
         )
     ]
+    unmade = [variant.precision for variant in report.variants if variant.refused]
+    table += [Row(precision, "", NOT_MADE, "", "", "", "", "") for precision in unmade]
     for artefact in report.artefacts:
         latency = timed.get(artefact.name)
         parity = artefact.parity[0] if artefact.parity else None
@@ -52,6 +59,7 @@ def rows(report: Report) -> list[Row]:
                 verdict(artefact),
                 decibels(parity.sqnr_db if parity else None),
                 share(parity.agreement if parity else None),
+                share(parity.accuracy if parity else None),
                 milliseconds(latency),
                 f"{pytorch.p50_ms / latency.p50_ms:.2f} ×" if latency and pytorch else "",
             )
@@ -61,7 +69,7 @@ def rows(report: Report) -> list[Row]:
 
 def verdict(artefact: Artefact) -> str:
     if artefact.refused:
-        return "FAIL: not made"
+        return NOT_MADE
     if artefact.verdict == "fail":
         return "FAIL"
     if artefact.not_run:

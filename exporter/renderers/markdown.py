@@ -26,16 +26,18 @@ def _head(report: Report) -> list[str]:
     source = report.source
     shape = "×".join(map(str, source.input.shape))
     return [
-        f"# {source.model}: {report.verdict.upper()}",
+        f"# {_escape(source.model)}: {report.verdict.upper()}",
         "",
-        report.profile["about"] + ".",
+        _escape(report.profile["about"]) + ".",
         "",
-        f"- input `{source.input.name}` N×{shape} {source.input.dtype}, output "
-        f"`{source.output.name}` N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
+        f"- input {_escape(source.input.name)} N×{shape} {source.input.dtype}, output "
+        f"{_escape(source.output.name)} N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
         f"{source.opset}, batch {_batch(report)}",
-        f"- {source.parameters:,} parameters; weights `{source.weights}`, "
-        f"SHA-256 `{source.weights_sha256}`",
-        f"- calibrated on {report.calibration}" if report.calibration else "- not calibrated",
+        f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
+        f"SHA-256 {source.weights_sha256}",
+        f"- calibrated on {_escape(report.calibration)}"
+        if report.calibration
+        else "- not calibrated",
     ]
 
 
@@ -48,13 +50,14 @@ def _artefacts(report: Report) -> list[str]:
     lines = ["## Artefacts", "", *_table(figures.HEADS, figures.rows(report))]
     if report.failures:
         lines += ["", *(f"- **{_escape(failure)}**" for failure in report.failures)]
-    for variant in report.variants:
-        lines += ["", *(f"- {variant.precision}: {_escape(note)}" for note in variant.notes)]
+    lines += [""]
+    lines += [f"- {v.precision}: {_escape(note)}" for v in report.variants for note in v.notes]
     lines += [
         f"- {artefact.name}: {_escape(note)}"
         for artefact in report.artefacts
         for note in (*_targets(artefact), *artefact.notes)
     ]
+    lines += [f"- In doubt: {_escape(doubt)}." for doubt in report.doubts]
     return lines
 
 
@@ -105,7 +108,8 @@ def _parity_row(name: str, parity: Parity, said: str) -> Sequence[str]:
 def _not_run(report: Report) -> list[str]:
     missing = [a for a in report.artefacts if a.not_run and not a.refused]
     return [""] * bool(missing) + [
-        f"- {a.name}: built, not run: {a.not_run}. Its numbers are not checked." for a in missing
+        f"- {a.name}: built, not run: {_escape(a.not_run or '')}. Its numbers are not checked."
+        for a in missing
     ]
 
 
@@ -146,7 +150,9 @@ def _cost(report: Report) -> list[str]:
     return [
         "## Cost of one sample",
         "",
-        "Counted on the deployed graphs, after folding; a multiply-accumulate (MAC) is two FLOPs.",
+        "Counted on the deployed graphs, after folding; a multiply-accumulate (MAC) is two FLOPs. "
+        "Activation bytes are what the nodes write, summed; DequantizeLinear is taken to be read "
+        "where it stands, and writes none.",
         "",
         *_table(heads, totals),
         "",
@@ -212,6 +218,7 @@ def _latency_row(latency: Latency) -> Sequence[str]:
 def _environment(report: Report) -> list[str]:
     stages = ", ".join(f"{stage.name} {stage.seconds:.1f} s" for stage in report.stages)
     versions = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    versions = _escape(versions)
     return [
         "## Made with",
         "",
@@ -228,6 +235,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _escape(text: str) -> str:
     """Return the text as Markdown that shows it, whatever a layer or a file is called."""
-    for character in "\\`*<|":
+    for character in "\\`*_[<|~&":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

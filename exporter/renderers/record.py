@@ -5,7 +5,6 @@ Reading ignores those, so that a figure has one source: `parse(render(report)) =
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -35,7 +34,7 @@ def parse(text: str | bytes) -> Report:
     """Return the report that `render` wrote. Raises `InputRefused` for anything else."""
     try:
         report = msgspec.json.decode(text, type=Report)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputRefused(f"not a report of this tool: {error}") from error
     if report.schema != SCHEMA:
         raise InputRefused(f"a report of schema {report.schema}, where {SCHEMA} can be read")
@@ -53,10 +52,9 @@ def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parity(parity: Parity) -> dict[str, Any]:
-    sqnr = parity.sqnr_db
     return {
         "verdict": parity.verdict,
-        "sqnr_db": sqnr if sqnr is not None and math.isfinite(sqnr) else None,
+        "sqnr_db": parity.sqnr_db,  # infinite where exact, which JSON has as null
         "noise_multiple": parity.noise_multiple,
         "accuracy_drop": parity.accuracy_drop,
     }

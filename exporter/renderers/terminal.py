@@ -21,12 +21,11 @@ def render(report: Report, folder: Path) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head, justify in zip(figures.HEADS, ("left", "right", "left", *["right"] * 4), strict=True):
+    for head, justify in zip(figures.HEADS, ("left", "right", "left", *["right"] * 5), strict=True):
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
-    colours = ["", *(_COLOURS[artefact.verdict] for artefact in report.artefacts)]
-    for row, colour in zip(figures.rows(report), colours, strict=True):
+    for row in figures.rows(report):
         cells = [Text(cell) for cell in row]
-        cells[2] = Text(row.verdict, style=colour)
+        cells[2] = Text(row.verdict, style=_COLOURS.get(row.verdict.partition(":")[0].lower(), ""))
         table.add_row(*cells)
     fold = report.fold
     lines: list[RenderableType] = [
@@ -36,6 +35,7 @@ def render(report: Report, folder: Path) -> RenderableType:
         table,
         Text(""),
         *(Text(f"missed: {failure}", style="bold red") for failure in report.failures),
+        *(Text(f"in doubt: {doubt}", style="yellow") for doubt in report.doubts),
         Text(f"{report.verdict}: {folder / 'report.md'}", style=_COLOURS[report.verdict]),
     ]
     return Group(*lines)

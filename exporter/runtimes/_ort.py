@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Plugin, Session
 from exporter.errors import BuildError
-from exporter.records import Feed, OnnxModel, Outputs
+from exporter.records import Feed, OnnxModel, Outputs, check_threads
 from exporter.runtimes._graph import (
     WEIGHTED,
     dequantised_weights,
@@ -43,8 +43,7 @@ class OnnxRuntime(Plugin, frozen=True):
     provider_options: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError(f"threads must be 0 or more, found {self.threads}")
+        check_threads("threads", self.threads)
 
     def missing(self, action: Action) -> str | None:
         try:
@@ -79,8 +78,8 @@ class OnnxRuntime(Plugin, frozen=True):
             )
         if has_half(graph) and (half := half_layers(executed)) < layers:
             notes.append(
-                f"{half} of {layers} layers compute in half: for the others this provider has no such "
-                "kernel, so it rounds their weights to half and their activations not at all"
+                f"{half} of {layers} layers compute in half: for the others this provider has no "
+                "such kernel, so it rounds their weights to half and their activations not at all"
             )
         return tuple(notes)
 

@@ -1,0 +1,214 @@
+"""Weights: loaded exactly, or refused by name, and a refusal leaves the network as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import disturb, refused
+from safetensors.torch import save_file
+from torch import nn
+
+from exporter.errors import InputRefused
+from exporter.weights import load_weights
+
+
+def network(seed: int = 0, width: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Linear(width, 2))
+    return disturb(layers, seed).eval()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "net.safetensors"
+
+
+def state(seed: int = 1) -> dict[str, torch.Tensor]:
+    return dict(network(seed).state_dict())
+
+
+@pytest.fixture
+def refuse(path):
+    """Return a function that loads ``path``, expects a refusal, and an untouched network."""
+
+    def load(*words: str, hint: tuple[str, ...] | None = (), file=path):
+        module = network()
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        with refused(InputRefused, file.name, *words, hint=hint):
+            load_weights(module, file)
+        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+    return load
+
+
+# ── What is loaded ──────────────────────────────────────────────────────────────────
+
+
+def test_float32_weights_load_bit_for_bit_and_the_files_hash_comes_back(path):
+    save_file(state(), path)
+    module = network()
+    assert load_weights(module, path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    want = state()
+    assert all(torch.equal(value, want[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_exactly(path, dtype):
+    stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state().items()}
+    save_file(stored, path)
+    module = network()
+    load_weights(module, path)
+    for key, value in module.state_dict().items():
+        assert value.dtype == (torch.float32 if stored[key].is_floating_point() else torch.int64)
+        assert torch.equal(value.double(), stored[key].double())
+
+
+def test_every_finite_half_is_a_float32(path):
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(torch.float16)
+    halves = halves[halves.isfinite()]
+    assert len(halves) == 2 * 31 * 1024
+    save_file({"weight": halves[None].contiguous()}, path)
+    module = nn.Linear(len(halves), 1, bias=False)
+    load_weights(module, path)
+    assert torch.equal(module.weight.data[0].double(), halves.double())
+
+
+def test_the_order_of_the_keys_and_extra_metadata_do_not_matter(path):
+    save_file(dict(reversed(state().items())), path, {"trained": "yes"})
+    module = network()
+    load_weights(module, path)
+    assert torch.equal(module.state_dict()["0.weight"], state()["0.weight"])
+
+
+# ── What is refused ─────────────────────────────────────────────────────────────────
+
+
+def test_a_file_that_is_not_there_is_refused(refuse):
+    refuse("no such weights file")
+
+
+def test_a_folder_is_refused(refuse, path):
+    path.mkdir()
+    refuse("not a file, so it holds no weights")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.004, 0.01, 0.05, 0.5, 0.9, 0.999])
+def test_a_file_cut_short_anywhere_is_refused(refuse, path, share):
+    save_file(state(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    refuse("truncated, damaged or not a safetensors file", hint=("safetensors.torch.save_file",))
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"these are not weights\n",
+        b"PK\x03\x04" + b"\0" * 100,
+        b"\x80\x02}q\x00.",
+        b"\0" * 100,
+        header(b"{}", 1 << 60),
+        header(b"[]"),
+        header(b"{"),
+        header(json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}).encode()),
+        header(json.dumps({"a": {"dtype": "F33", "shape": [], "data_offsets": [0, 4]}}).encode())
+        + b"\0" * 4,
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(refuse, path, data):
+    path.write_bytes(data)
+    refuse("truncated, damaged or not a safetensors file", hint=("safetensors.torch.save_file",))
+
+
+def test_one_byte_too_many_is_refused(refuse, path):
+    save_file(state(), path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    refuse("truncated, damaged or not a safetensors file")
+
+
+def test_another_networks_weights_are_refused_with_the_first_keys_that_differ(refuse, path):
+    save_file({f"fc{i}.weight": torch.ones(1) for i in range(7)}, path)
+    refuse(
+        "not this network's weights",
+        "lacks '0.weight', '0.bias', '1.weight', '1.bias', '1.running_mean' and 4 more",
+        "has unknown 'fc0.weight', 'fc1.weight', 'fc2.weight', 'fc3.weight', 'fc4.weight'",
+        "and 2 more",
+    )
+
+
+def test_an_empty_file_of_weights_is_another_networks(refuse, path):
+    save_file({}, path)
+    refuse("not this network's weights", "lacks '0.weight'", "and 4 more")
+
+
+def test_a_missing_key_is_named(refuse, path):
+    weights = state()
+    del weights["1.running_var"]
+    save_file(weights, path)
+    refuse("not this network's weights: it lacks '1.running_var'")
+
+
+def test_an_extra_key_is_named(refuse, path):
+    save_file({**state(), "3.weight": torch.ones(2)}, path)
+    refuse("not this network's weights: it has unknown '3.weight'")
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 3, 2), (4, 9), (36,), (4, 1, 3, 3, 1), ()])
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(refuse, path, shape):
+    save_file({**state(), "0.weight": torch.ones(shape)}, path)
+    refuse("not this network's weights", f"0.weight is {shape}, needs (4, 1, 3, 3)")
+
+
+def test_a_wider_network_is_refused_by_its_first_shapes(refuse, path):
+    save_file(dict(network(width=8).state_dict()), path)
+    refuse("0.weight is (8, 1, 3, 3), needs (4, 1, 3, 3)", "and 2 more")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["0.weight", "1.running_var", "2.bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_tensor(refuse, path, key, bad, dtype):
+    weights = state()
+    weights[key] = weights[key].to(dtype)
+    weights[key].view(-1)[1] = bad
+    save_file(weights, path)
+    refuse(f"tensor {key!r} holds 1 values that are NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float64, "F64"),
+        (torch.int32, "I32"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.complex64, "C64"),
+    ],
+)
+def test_weights_of_a_type_that_is_not_taken_are_refused_by_tensor_and_type(
+    refuse, path, dtype, name
+):
+    weights = state()
+    weights["2.bias"] = torch.ones(2).to(dtype)
+    save_file(weights, path)
+    refuse("tensor '2.bias'", name, hint=("float32, float16 or bfloat16",))
+
+
+def test_integers_are_not_rounded_into_float_weights(refuse, path):
+    save_file({**state(), "2.bias": torch.tensor([(1 << 24) + 1, 3])}, path)
+    refuse("tensor '2.bias'", "I64")
+
+
+def test_fractions_are_not_cut_off_into_integer_buffers(refuse, path):
+    save_file({**state(), "1.num_batches_tracked": torch.tensor(2.5)}, path)
+    refuse("tensor '1.num_batches_tracked'", "F32")

@@ -74,13 +74,16 @@ def check_threads(name: str, threads: int) -> None:
 class Timing(Asked, frozen=True):
     """How latency is sampled: every candidate in turn, ``runs`` times, at each batch size.
 
-    ``pytorch_threads`` are the baseline's, 0 for one per core; a runtime has its own option.
+    Before each timed run a candidate runs untimed for ``settle_ms`` milliseconds or longer, until
+    the threads that the one before it left spinning are asleep. ``pytorch_threads`` are the
+    baseline's, 0 for one per core; a runtime has its own option.
     """
 
     batches: tuple[int, ...] = (1,)
-    warmup: int = 10
+    warmup: int = 5
     runs: int = 100
     pytorch_threads: int = 0
+    settle_ms: float = 15.0
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
@@ -89,6 +92,8 @@ class Timing(Asked, frozen=True):
             raise ValueError(
                 f"need warmup >= 0 and runs >= 2, found warmup {self.warmup} and runs {self.runs}"
             )
+        if not 0 <= self.settle_ms <= 1000:
+            raise ValueError(f"settle_ms must be from 0 to 1000, found {self.settle_ms}")
         check_threads("pytorch_threads", self.pytorch_threads)
 
 

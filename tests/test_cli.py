@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
 from exporter.plugins import load_model, names
+from exporter.runtimes._cuda import missing_gpu
 
 QUICK = ["--input", "1x64x64", "--set", "timing.runs=5", "--set", "calibration.images=32"]
 
@@ -56,6 +57,29 @@ def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
         ), line
     assert "17 of 17 BatchNorms folded" in done.stdout
     assert "block1.2: Conv → ReLU → BatchNorm" in done.stdout
+
+
+def test_what_a_runtime_does_otherwise_than_the_file_reads_is_on_the_terminal(exported):
+    done, _ = exported
+    assert "int8 on ort-cpu: 0 of 20 INT8 layers run as integer kernels" in done.stdout
+    assert "fp16 on ort-cpu: 0 of 21 layers compute in half" in done.stdout
+
+
+@pytest.mark.skipif(missing_gpu() is None, reason="the README's output is of a machine without GPU")
+def test_the_readme_shows_what_the_command_prints(exported):
+    """Figures differ from run to run and from size to size; every word must not."""
+    done, _ = exported
+
+    def words(text: str) -> set[str]:
+        lines = (line for line in text.splitlines() if line and "in doubt" not in line)
+        return {re.sub(r"[\d.]+|\s+|[┐]", " ", line).strip() for line in lines}
+
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+    shown = readme.partition("<!-- output -->\n```\n")[2].partition("```\n<!-- /output -->")[0]
+    said = {re.sub(" +", " ", line) for line in words(done.stdout)}
+    missing = {re.sub(" +", " ", line) for line in words(shown)} - said
+    assert len(shown) > 500
+    assert not missing
 
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):

@@ -14,6 +14,11 @@ from exporter.latency import measure_latency
 from exporter.records import Latency, Timing
 
 
+def at_once(batches: tuple[int, ...], warmup: int, runs: int) -> Timing:
+    """Return a timing without the untimed runs that let others' threads fall asleep."""
+    return Timing(batches, warmup, runs, settle_ms=0)
+
+
 class Clock:
     """Stands still unless a session runs, and keeps a diary."""
 
@@ -56,18 +61,18 @@ def clock(monkeypatch) -> Clock:
 
 def test_all_candidates_run_in_turn_with_their_inputs_bound_before(clock):
     sessions = {name: Fake(clock, name, [1.0] * 9) for name in "ABC"}
-    measure_latency(sessions, {1: {}}, Timing((1,), warmup=1, runs=2))
+    measure_latency(sessions, {1: {}}, at_once((1,), warmup=1, runs=2))
     assert clock.diary == ["bind A", "bind B", "bind C", *"ABC" * 3]
 
 
 def test_the_warm_up_is_run_and_is_in_no_figure(clock):
     took = [900.0, 800.0, 3.0, 1.0, 2.0]
-    (found,) = measure_latency({"A": Fake(clock, "A", took)}, {1: {}}, Timing((1,), 2, 3))
+    (found,) = measure_latency({"A": Fake(clock, "A", took)}, {1: {}}, at_once((1,), 2, 3))
     assert found == Latency("A", 1, 1, 2, (3.0, 1.0, 2.0))
 
 
 def test_without_a_warm_up_every_run_counts(clock):
-    (found,) = measure_latency({"A": Fake(clock, "A", [7.0, 5.0])}, {1: {}}, Timing((1,), 0, 2))
+    (found,) = measure_latency({"A": Fake(clock, "A", [7.0, 5.0])}, {1: {}}, at_once((1,), 0, 2))
     assert found.samples_ms == (7.0, 5.0)
 
 
@@ -76,17 +81,26 @@ def test_each_candidate_gets_its_own_times_name_and_threads(clock):
         "slow": Fake(clock, "slow", [10.0, 20.0, 30.0], threads=2),
         "fast": Fake(clock, "fast", [0.001, 0.002, 0.003], threads=8),
     }
-    found = measure_latency(sessions, {4: {}}, Timing((4,), 1, 2))
+    found = measure_latency(sessions, {4: {}}, at_once((4,), 1, 2))
     assert found == (
         Latency("slow", 4, 2, 1, (20.0, 30.0)),
         Latency("fast", 4, 8, 1, (0.002, 0.003)),
     )
 
 
+def test_a_candidate_runs_untimed_until_the_one_before_it_has_settled(clock):
+    """4 ms at a time it takes three runs to fill 10 ms; the fourth is the one that counts."""
+    took = [4.0, 4.0, 4.0, 1.0, 4.0, 4.0, 4.0, 2.0]
+    sessions = {"A": Fake(clock, "A", took), "B": Fake(clock, "B", [20.0, 3.0, 20.0, 5.0])}
+    a, b = measure_latency(sessions, {1: {}}, Timing((1,), 0, 2, settle_ms=10))
+    assert (a.samples_ms, b.samples_ms) == ((1.0, 2.0), (3.0, 5.0))
+    assert clock.diary == ["bind A", "bind B", *"AAAABB" * 2]
+
+
 def test_each_batch_size_is_timed_on_its_own_feed(clock):
     sessions = {name: Fake(clock, name, [1.0] * 99) for name in "AB"}
     feeds = {1: {"x": np.zeros(1)}, 8: {"x": np.zeros(8)}}
-    found = measure_latency(sessions, feeds, Timing((8, 1), 0, 3))
+    found = measure_latency(sessions, feeds, at_once((8, 1), 0, 3))
     assert [(f.name, f.batch, len(f.samples_ms)) for f in found] == [
         ("A", 8, 3),
         ("B", 8, 3),
@@ -110,7 +124,7 @@ def test_what_progress_takes_is_not_the_candidates_time(clock):
         yield advance
 
     sessions = {"A": Fake(clock, "A", [4.0] * 5), "B": Fake(clock, "B", [6.0] * 5)}
-    a, b = measure_latency(sessions, {1: {}}, Timing((1,), 2, 3), progress=slow_progress)
+    a, b = measure_latency(sessions, {1: {}}, at_once((1,), 2, 3), progress=slow_progress)
     assert a.samples_ms == (4.0,) * 3
     assert b.samples_ms == (6.0,) * 3
     assert told == [("time 2 candidates at batch 1", 5), *["round"] * 5]
@@ -123,7 +137,7 @@ def test_real_time_passes_on_a_real_clock():
         def bind(self, feed):
             return lambda: sleep(0.002)
 
-    (found,) = measure_latency({"A": Sleeper(Clock(), "A", [])}, {1: {}}, Timing((1,), 0, 3))
+    (found,) = measure_latency({"A": Sleeper(Clock(), "A", [])}, {1: {}}, at_once((1,), 0, 3))
     assert min(found.samples_ms) >= 2.0
 
 

@@ -456,7 +456,7 @@ def test_overrides_are_the_callers_and_are_left_as_they_were():
 
 def test_what_is_overridden_today_is_not_remembered_tomorrow():
     load_profile("default", {"timing.runs": 7})
-    assert load_profile("default").timing.runs == 200
+    assert load_profile("default").timing.runs == 150
 
 
 @pytest.mark.parametrize(

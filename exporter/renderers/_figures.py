@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 HEADS = Row(
-    "artefact", "size", "parity", "SQNR", "top-1 agreement", "accuracy", "p50 latency", "vs PyTorch"
+    "artefact", "size", "parity", "SQNR", "agreement", "accuracy", "p50 latency", "vs PyTorch"
 )
 
 

@@ -189,7 +189,9 @@ def _latency(report: Report) -> list[str]:
         "",
         "Wall-clock time of one batch on this machine, after "
         f"{report.profile['timing']['warmup']} warm-up rounds; all candidates in turn, so that "
-        "drift hits all alike; inputs in place before the clock starts.",
+        "drift hits all alike, each after untimed runs of "
+        f"{report.profile['timing']['settle_ms']:g} ms or longer, until the threads of the one "
+        "before it are asleep; inputs in place before the clock starts.",
         "",
         *_table(heads, map(_latency_row, report.latency)),
     ]

@@ -25,7 +25,8 @@ def render(report: Report, folder: Path) -> RenderableType:
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
     for row in figures.rows(report):
         cells = [Text(cell) for cell in row]
-        cells[2] = Text(row.verdict, style=_COLOURS.get(row.verdict.partition(":")[0].lower(), ""))
+        verdict = row.verdict.partition(":")[0]  # the reason stands below the table
+        cells[2] = Text(verdict, style=_COLOURS.get(verdict.lower(), ""))
         table.add_row(*cells)
     fold = report.fold
     lines: list[RenderableType] = [
@@ -34,8 +35,22 @@ def render(report: Report, folder: Path) -> RenderableType:
         Text(""),
         table,
         Text(""),
+        *(Text(line, style=_COLOURS["not checked"]) for line in _not_run(report)),
+        *(Text(f"{a.name}: {note}") for a in report.artefacts for note in a.notes),
         *(Text(f"missed: {failure}", style="bold red") for failure in report.failures),
         *(Text(f"in doubt: {doubt}", style="yellow") for doubt in report.doubts),
         Text(f"{report.verdict}: {folder / 'report.md'}", style=_COLOURS[report.verdict]),
     ]
     return Group(*lines)
+
+
+def _not_run(report: Report) -> list[str]:
+    """Return one line for each reason why artefacts were not run."""
+    named: dict[str, list[str]] = {}
+    for artefact in report.artefacts:
+        if artefact.not_run and not artefact.refused:
+            named.setdefault(artefact.not_run, []).append(artefact.name)
+    return [
+        f"not checked: built, not run: {reason}: {', '.join(names)}"
+        for reason, names in named.items()
+    ]

@@ -70,16 +70,24 @@ def fold_batchnorm(module: nn.Module) -> Folded:
     if module.training:
         raise GraphError("cannot fold a network in training mode", hint="call module.eval() first")
     dtype = _floating_dtype(module)
+    kind = type(module).__name__
     try:
-        traced = fx.symbolic_trace(deepcopy(module).double())
+        copy = deepcopy(module).double()
+    except RuntimeError as error:  # what parametrisations of the old kind leave in place of weights
+        raise GraphError(f"cannot copy {kind}: {_first_line(error)}") from error
+    try:
+        traced = fx.symbolic_trace(copy)
     except Exception as error:  # tracing runs the user's own forward(), which may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise GraphError(f"torch.fx cannot trace {type(module).__name__}: {reason}") from error
+        raise GraphError(f"torch.fx cannot trace {kind}: {_first_line(error)}") from error
     fates = tuple(_fold(traced, node) for node in _batchnorms(traced))
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
     return Folded(traced.to(dtype).eval(), fates)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
@@ -154,24 +162,30 @@ def _affine(batchnorm: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _chain(traced: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield what feeds the BatchNorm: a convolution, or a ReLU and what feeds that."""
-    source = node.args[0]
-    if isinstance(source, fx.Node):
-        yield source
-        if _is_relu(traced, source) and isinstance(source.args[0], fx.Node):
-            yield source.args[0]
+    source = node.all_input_nodes[0]
+    yield source
+    if _is_relu(traced, source):
+        yield source.all_input_nodes[0]
 
 
 def _obstacle(traced: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> str | None:
     """Return why the BatchNorm cannot be folded into the end of its chain, or None."""
-    end = chain[-1] if chain else None
-    if end is None or not _calls(end, traced, CONVOLUTIONS):
+    end = chain[-1]
+    if not _calls(end, traced, CONVOLUTIONS):
         return "no convolution in front of it"
     calls = Counter(str(other.target) for other in traced.graph.nodes if other.op == "call_module")
-    shared = _shared_parameters(traced)
-    for link in (node, end):
-        if calls[str(link.target)] > 1:
-            return f"{link.target} is called {calls[str(link.target)]} times"
-    if str(end.target) in shared:
+    for name in (str(node.target), str(end.target)):
+        module = traced.get_submodule(name)
+        if calls[name] > 1:
+            return f"{name} is called {calls[name]} times"
+        if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - no public view
+            return f"{name} has hooks, which may change what it computes"
+        if any(
+            other.op == "get_attr" and str(other.target).startswith(f"{name}.")
+            for other in traced.graph.nodes
+        ):
+            return f"{name}'s weights are also read by themselves"
+    if str(end.target) in _shared_parameters(traced):
         return f"{end.target} shares its weights with another module"
     for link in chain:
         if len(link.users) > 1:

@@ -120,6 +120,20 @@ def test_the_usual_fold_would_have_been_wrong_there():
     assert relative_error(relu(z).detach(), module.double()(x).detach()) > 0.1
 
 
+def test_arguments_given_by_name_are_arguments_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.bn = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(input=self.relu(input=self.conv(input=x)))
+
+    module = disturb(Net()).eval()
+    assert batchnorms(fold_batchnorm(module).module) == 0
+    assert folding_error(module, torch.randn(4, 2, 8, 8)) < EXACT
+
+
 @pytest.mark.parametrize("relu", [functional.relu, torch.relu, lambda x: x.relu()])
 def test_a_relu_is_a_relu_however_it_is_called(relu):
     class Net(nn.Module):
@@ -253,9 +267,37 @@ class AsFunction(nn.Module):
         )
 
 
+class WeightsReadAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        x = torch.cat([x, x], dim=1)
+        return self.bn(self.conv(x)) + functional.conv2d(x, self.conv.weight, padding=1)
+
+
+class ScaleReadAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.bn(self.conv(x).relu()) * self.bn.weight.view(-1, 1, 1)
+
+
+def hooked() -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    module[0].register_forward_hook(lambda layer, given, found: found.abs())
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
+        (hooked(), "0 has hooks, which may change what it computes"),
+        (WeightsReadAlone(), "conv's weights are also read by themselves"),
+        (ScaleReadAlone(), "bn's weights are also read by themselves"),
         (nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3)), "no convolution in front of it"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(2)), "no convolution"),
         (TwoReaders(), "conv is also read by add"),
@@ -329,6 +371,15 @@ def test_what_cannot_be_traced_says_what_is_in_the_way():
 
     with pytest.raises(GraphError, match=r"torch\.fx cannot trace Branching: symbolically traced"):
         fold_batchnorm(Branching().eval())
+
+
+def test_what_cannot_be_copied_says_so():
+    """The old weight_norm keeps a computed tensor where a parameter was."""
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(module[0])
+    with pytest.raises(GraphError, match="cannot copy Sequential: Only Tensors created explicitly"):
+        fold_batchnorm(module)
 
 
 def test_a_network_of_mixed_types_is_refused():

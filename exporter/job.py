@@ -153,9 +153,9 @@ def _runtimes(profile: Profile) -> dict[str, Runtime]:
         if reason := runtime.missing("build"):
             raise RuntimeMissing(
                 f"the runtime {name!r} cannot be used here: {reason}",
-                hint=f"pip install 'resnet-export[{name}]'"
-                if "No module" in reason
-                else "choose another profile or target, or another machine",
+                hint="choose another profile or target, or a machine with that GPU"
+                if "GPU" in reason
+                else f"pip install 'resnet-export[{name}]', or choose another profile",
             )
     return runtimes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import msgspec
@@ -273,6 +274,14 @@ def test_a_runtime_that_needs_a_gpu_is_refused_where_there_is_none(tiny_model, t
         pytest.skip("this machine has an NVIDIA GPU")
     with pytest.raises(RuntimeMissing, match="'tensorrt-rtx' cannot be used here: no NVIDIA GPU"):
         exporter.run(tiny_model, profile, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_refused_with_what_to_install(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(RuntimeMissing, match="'tensorrt-rtx' cannot be used here: ") as refusal:
+        exporter.run(tiny_model, load_profile("default"), tmp_path / "out")
+    assert (refusal.value.hint or "").startswith("pip install 'resnet-export[tensorrt-rtx]'")
     assert list(tmp_path.iterdir()) == []
 
 

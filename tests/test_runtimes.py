@@ -177,12 +177,19 @@ def test_an_engine_cannot_pass_for_run_where_there_is_no_gpu(tiny_onnx, tmp_path
     [("sm89", None), ("sm90", "the NVIDIA GPU here is sm90, and not a target")],
 )
 def test_an_engine_for_other_gpus_is_not_run_on_this_one(monkeypatch, here, reason):
+    monkeypatch.setattr(_cuda, "missing_gpu", lambda: None)
     monkeypatch.setattr("exporter.runtimes.tensorrt_rtx.missing_gpu", lambda: None)
     monkeypatch.setattr("exporter.runtimes.tensorrt_rtx.compute_capability", lambda: here)
     targeted = plugins.load_runtime("tensorrt-rtx", {"targets": ["sm86", "sm89"]})
     current = plugins.load_runtime("tensorrt-rtx", {"targets": ["current"]})
     assert (targeted.missing("build"), targeted.missing("run")) == (None, reason)
     assert (current.missing("build"), current.missing("run")) == (None, None)
+
+
+def test_a_gpu_without_the_bindings_to_its_memory_is_not_enough_to_run(monkeypatch):
+    monkeypatch.setattr(_cuda, "missing_gpu", lambda: None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert (_cuda.missing_to_run() or "").startswith("running an engine needs cuda-python: ")
 
 
 def with_zero_points(model: OnnxModel, folder, value: np.ndarray) -> OnnxModel:

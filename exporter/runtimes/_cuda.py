@@ -33,6 +33,17 @@ def missing_gpu() -> str | None:
     return None
 
 
+def missing_to_run() -> str | None:
+    """Return why no engine can be run here: no GPU, or no bindings to its memory."""
+    if reason := missing_gpu():
+        return reason
+    try:
+        runtime_api()
+    except RuntimeMissing as error:
+        return str(error)
+    return None
+
+
 @lru_cache(maxsize=1)
 def compute_capability() -> str:
     """Return the first GPU's compute capability, say ``sm89``. `missing_gpu` must be None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from exporter.contracts import Action
-from exporter.runtimes._cuda import missing_gpu
+from exporter.runtimes._cuda import missing_gpu, missing_to_run
 from exporter.runtimes._trt import TensorRt
 
 OLDEST = (10, 12)  # the first whose strongly typed networks take what this package writes
@@ -25,7 +25,7 @@ class FullTensorRt(TensorRt, frozen=True):
         found = version("tensorrt")
         if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
             return f"tensorrt {found} is older than {OLDEST[0]}.{OLDEST[1]}"
-        return missing_gpu()
+        return missing_gpu() if action == "build" else missing_to_run()
 
 
 PLUGIN = FullTensorRt

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from exporter.contracts import Action
 from exporter.errors import BuildError, UnknownName
-from exporter.runtimes._cuda import compute_capability, missing_gpu
+from exporter.runtimes._cuda import compute_capability, missing_gpu, missing_to_run
 from exporter.runtimes._graph import float32_products, is_quantised
 from exporter.runtimes._trt import TensorRt
 
@@ -46,7 +46,7 @@ class TensorRtRtx(TensorRt, frozen=True):
             return reason
         if action == "build" and CURRENT not in self.targets:
             return None
-        if reason := missing_gpu():
+        if reason := missing_gpu() if action == "build" else missing_to_run():
             return reason
         here = compute_capability()
         if CURRENT in self.targets or here in self.targets:

@@ -26,6 +26,7 @@ from exporter.samples import Samples
 from exporter.weights import load_weights
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -129,6 +130,12 @@ class Job:
     def feed(self, size: int) -> Feed:
         """Return one batch of held-out samples."""
         return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
+
+    def example(self) -> torch.Tensor:
+        """Return two held-out samples as the network takes them."""
+        import torch
+
+        return torch.from_numpy(self.held_out.inputs[:2])
 
     @property
     def noise_name(self) -> str:

@@ -89,7 +89,7 @@ def run(
         progress=progress,
     )
     with job.stage("fold BatchNorm"):
-        folded = fold_batchnorm(job.module)
+        folded = fold_batchnorm(job.module, job.example())
     with new_bundle(out) as folder, job.threads(), ExitStack() as sessions:
         with job.stage("export to ONNX"):
             source = export_onnx(
@@ -156,7 +156,7 @@ class _Truth:
 def _check_fold(job: Job, folded: Folded, truth: _Truth) -> FoldRecord:
     """Fold again in float64: what is left between the two is rounding, or the fold is wrong."""
     with job.stage("check the fold in float64"):
-        exact = fold_batchnorm(deepcopy(job.module).double()).module
+        exact = fold_batchnorm(deepcopy(job.module).double(), job.example()).module
         session = TorchSession.of(exact, job.model.output.name, double=True)
         got = job.outputs(session, job.held_out.inputs[:_FOLD_SAMPLES])
     error = compare_outputs(truth.held_out[: len(got)], got, inputs="").rel_l2

@@ -1,0 +1,256 @@
+"""Push an affine map backwards into the layers that feed it (see the package for the formulas)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from exporter.fold.affine import (
+    BATCHNORMS,
+    Affine,
+    ChannelClamp,
+    ChannelShift,
+    ChannelSign,
+    out_channels,
+    scale_outputs,
+)
+from exporter.fold.graph import (
+    ADAPTIVE,
+    AVGPOOL,
+    CONCATENATION,
+    FLATTEN,
+    LAYERS,
+    LEAKY,
+    MAXPOOL,
+    PRELU,
+    RELU,
+    SUM,
+    Edit,
+    Graph,
+    Left,
+    Plan,
+    Stays,
+)
+
+
+def push_backwards(graph: Graph, node: fx.Node, reader: fx.Node, affine: Affine) -> Plan:
+    """Plan how ``node`` comes to give ``affine`` of what it gives to its only reader.
+
+    Raises `Stays` with the reason if something in front cannot take it.
+    """
+    graph.only_reader(node, reader)
+    if graph.is_a(node, LAYERS):
+        return _into_layer(graph, node, affine)
+    if type(graph.module(node)) in BATCHNORMS:
+        return _into_batchnorm(graph, node, affine)
+    if isinstance(graph.module(node), ChannelShift | ChannelSign):
+        return _into_leftover(graph, node, affine)
+    if graph.does_nothing(node) or graph.is_a(node, ADAPTIVE) or _averages_whole(graph, node):
+        return _through(graph, node, affine)
+    if graph.is_a(node, FLATTEN):
+        return _through_flatten(graph, node, affine)
+    if graph.is_a(node, MAXPOOL):
+        return _through_maxpool(graph, node, affine)
+    if any(graph.is_a(node, kinds) for kinds in (RELU, LEAKY, PRELU)):
+        return _through_homogeneous(graph, node, affine)
+    if bounds := _bounds(graph, node):
+        return _through_clamp(graph, node, affine, bounds)
+    if graph.is_a(node, SUM):
+        return _into_sum(graph, node, affine)
+    if graph.is_a(node, CONCATENATION):
+        return _into_concatenation(graph, node, affine)
+    if node.op == "placeholder":
+        raise Stays("the network's input is in front of it")
+    raise Stays(f"no layer in front of it can take it: {graph.kind(node)} stands between")
+
+
+# ── Where it ends ───────────────────────────────────────────────────────────────────
+
+
+def _into_layer(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    name, layer = str(node.target), graph.module(node)
+    graph.check_own(node)
+    if isinstance(layer, nn.Linear):
+        if not graph.is_matrix(node):
+            raise Stays(f"{name} may give more than one axis behind the samples")
+        spatial = 0
+    else:
+        spatial = len(layer.kernel_size)
+    if out_channels(layer) != len(affine.scale):
+        raise Stays(f"{name} gives {out_channels(layer)} channels and not {len(affine.scale)}")
+
+    def edit(_: str) -> None:
+        scale_outputs(layer, affine)
+
+    return Plan(graph.kind(node), spatial, (edit,), (f"{affine.name} into {name}",))
+
+
+def _into_batchnorm(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Into a BatchNorm that had to stay: γ ← a·γ, β ← a·β + c."""
+    name, batchnorm = str(node.target), graph.module(node)
+    graph.check_own(node)
+    spatial = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[type(batchnorm)]
+    if spatial is None:
+        raise Stays(f"{name} may give matrices or sequences")
+
+    def edit(_: str) -> None:
+        ones, zeros = torch.ones_like(affine.scale), torch.zeros_like(affine.shift)
+        gamma = ones if batchnorm.weight is None else batchnorm.weight.detach()
+        beta = zeros if batchnorm.bias is None else batchnorm.bias.detach()
+        batchnorm.weight = nn.Parameter(gamma * affine.scale, requires_grad=False)
+        batchnorm.bias = nn.Parameter(beta * affine.scale + affine.shift, requires_grad=False)
+
+    return Plan(graph.kind(node), spatial, (edit,), (f"{affine.name} into {name}",))
+
+
+def _into_leftover(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Take up what an earlier fold left.
+
+    a·(x + s) + c = a·x + (c + a·s), and a·(±x) + c = (±a)·x + c.
+    """
+    left = graph.module(node)
+    if isinstance(left, ChannelShift):
+        whole = Affine(affine.scale, affine.shift + affine.scale * left.shift.flatten())
+    else:
+        whole = Affine(affine.scale * left.sign.flatten(), affine.shift)
+    plan = push_backwards(graph, node.all_input_nodes[0], node, whole)
+
+    def edit(_: str) -> None:
+        graph.remove(node)
+
+    return plan._replace(edits=(*plan.edits, edit))
+
+
+# ── What it passes ──────────────────────────────────────────────────────────────────
+
+
+def _through(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    plan = push_backwards(graph, node.all_input_nodes[0], node, affine)
+    return plan._replace(pattern=f"{plan.pattern} → {graph.kind(node)}")
+
+
+def _averages_whole(graph: Graph, node: fx.Node) -> bool:
+    """Return whether an average pool never averages a padded zero, so that weights sum to 1."""
+    if not graph.is_a(node, AVGPOOL):
+        return False
+    pool = graph.module(node)
+    padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
+    own_divisor = getattr(pool, "divisor_override", None) is not None
+    whole = not any(padding) and not pool.ceil_mode
+    return not own_divisor and (whole or not pool.count_include_pad)
+
+
+def _through_flatten(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Pass a flatten of 1×1 pictures, where a feature is a channel."""
+    source = node.all_input_nodes[0]
+    if not graph.is_matrix(node) or graph.channels(source) != len(affine.scale):
+        raise Stays(f"{graph.label(node)} makes several features of one channel")
+    return _through(graph, node, affine)._replace(spatial=0)
+
+
+def _through_maxpool(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Pass a max-pool whole where no scale is negative: it commutes with increasing maps."""
+    if graph.returns_indices(node):
+        raise Stays(f"{graph.label(node)} returns indices")
+    if affine.negative:
+        return _through_homogeneous(graph, node, affine)
+    return _through(graph, node, affine)
+
+
+def _through_homogeneous(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Pass |a| through f with f(k·z) = k·f(z) for k ≥ 0; sign and shift stay behind it."""
+    plan = _through(graph, node, affine.inner)
+    return plan._replace(left=(*plan.left, Left(node, affine, plan.spatial)))
+
+
+class _Clamp(NamedTuple):
+    """``z ↦ clamp(slope·z + offset, low, high)``."""
+
+    low: float | torch.Tensor
+    high: float | torch.Tensor
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+def _bounds(graph: Graph, node: fx.Node) -> _Clamp | None:
+    module: Any = graph.module(node)
+    if type(module) in (nn.Hardtanh, nn.ReLU6):
+        return _Clamp(module.min_val, module.max_val)
+    if type(module) is nn.Hardsigmoid or node.target is functional.hardsigmoid:
+        return _Clamp(0.0, 1.0, 1 / 6, 0.5)
+    if isinstance(module, ChannelClamp):
+        return _Clamp(module.low.flatten(), module.high.flatten())
+    if node.target is functional.relu6:
+        return _Clamp(0.0, 6.0)
+    return None
+
+
+def _through_clamp(graph: Graph, node: fx.Node, affine: Affine, clamp: _Clamp) -> Plan:
+    """Pass a clamp whole, and move its bounds: they change places where a is negative."""
+    scale, shift = affine
+    whole = Affine(scale * clamp.slope, scale * clamp.offset + shift)
+    one, other = (scale * bound + shift for bound in (clamp.low, clamp.high))
+    plan = _through(graph, node, whole)
+    along = (-1, *[1] * plan.spatial)
+    low, high = torch.minimum(one, other).view(along), torch.maximum(one, other).view(along)
+
+    def edit(batchnorm: str) -> None:
+        graph.insert_behind(node, f"{batchnorm}_clamp", ChannelClamp(low, high))
+        graph.remove(node)
+
+    said = f"bounds of {graph.label(node)} moved, one pair per channel"
+    return plan._replace(edits=(*plan.edits, edit), said=(*plan.said, said))
+
+
+# ── Where branches meet ─────────────────────────────────────────────────────────────
+
+
+def _into_sum(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Split over the terms: all take the scale, the first takes the shift."""
+    if node.kwargs or not all(isinstance(term, fx.Node) for term in node.args):
+        raise Stays(f"{graph.label(node)} is a sum of more than two tensors")
+    first, second = node.all_input_nodes if len(node.all_input_nodes) == 2 else (None, None)
+    if first is None or second is None:
+        raise Stays(f"{graph.label(node)} adds a tensor to itself")
+    rest = Affine(affine.scale, torch.zeros_like(affine.shift))
+    plans = [
+        push_backwards(graph, first, node, affine),
+        push_backwards(graph, second, node, rest),
+    ]
+    return _joined(graph, node, plans)
+
+
+def _into_concatenation(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Split over the branches, each with its own channels."""
+    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    parts = node.all_input_nodes
+    sizes = [graph.channels(part) for part in parts]
+    if axis != 1:
+        raise Stays(f"{graph.label(node)} does not join channels")
+    for part, size in zip(parts, sizes, strict=True):
+        if size is None:
+            raise Stays(f"how many channels {graph.label(part)} gives is not known")
+    known = [size for size in sizes if size is not None]
+    if sum(known) != len(affine.scale):
+        raise Stays(f"{graph.label(node)} joins {sum(known)} channels, not {len(affine.scale)}")
+    plans, start = [], 0
+    for part, size in zip(parts, known, strict=True):
+        plans.append(push_backwards(graph, part, node, affine.part(start, size)))
+        start += size
+    return _joined(graph, node, plans)
+
+
+def _joined(graph: Graph, node: fx.Node, plans: list[Plan]) -> Plan:
+    if len({plan.spatial for plan in plans}) > 1:
+        raise Stays(f"{graph.label(node)} joins tensors of different rank")
+    edits: tuple[Edit, ...] = tuple(edit for plan in plans for edit in plan.edits)
+    return Plan(
+        f"({', '.join(plan.pattern for plan in plans)}) → {graph.kind(node)}",
+        plans[0].spatial,
+        edits,
+        tuple(said for plan in plans for said in plan.said),
+        tuple(left for plan in plans for left in plan.left),
+    )

@@ -1,0 +1,81 @@
+"""Push an affine map forwards into the layers that read it (see the package for the formulas)."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from exporter.fold.affine import Affine, scale_inputs
+from exporter.fold.graph import (
+    ADAPTIVE,
+    FLATTEN,
+    LAYERS,
+    Graph,
+    Kinds,
+    Plan,
+    Stays,
+)
+
+READERS = Kinds((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+
+
+def push_forwards(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
+    """Plan how all that reads ``node`` comes to read the map's input as it read its output.
+
+    Raises `Stays` with the reason if something behind cannot take it.
+    """
+    if not node.users:
+        raise Stays("nothing reads it")
+    graph.check_unchanged(node.all_input_nodes[0], but=node)  # it will be read later than it was
+    plans = [_into(graph, user, node, affine, flat=False) for user in node.users]
+    patterns = [plan.pattern for plan in plans]
+    return Plan(
+        patterns[0] if len(patterns) == 1 else f"({', '.join(patterns)})",
+        0,
+        tuple(edit for plan in plans for edit in plan.edits),
+        tuple(said for plan in plans for said in plan.said),
+    )
+
+
+def _into(graph: Graph, node: fx.Node, source: fx.Node, affine: Affine, *, flat: bool) -> Plan:
+    if graph.is_a(node, READERS):
+        return _into_layer(graph, node, source, affine, flat=flat)
+    passes = graph.does_nothing(node) or graph.is_a(node, ADAPTIVE)
+    if passes or (graph.is_a(node, FLATTEN) and graph.is_matrix(node)):
+        flat = flat or graph.is_a(node, FLATTEN)
+        if not node.users:
+            raise Stays(f"{graph.label(node)} is read by nothing")
+        plans = [_into(graph, user, node, affine, flat=flat) for user in node.users]
+        return Plan(
+            f"{graph.kind(node)} → {plans[0].pattern}",
+            0,
+            tuple(edit for plan in plans for edit in plan.edits),
+            tuple(said for plan in plans for said in plan.said),
+        )
+    what = "the output" if node.op == "output" else graph.kind(node)
+    raise Stays(f"no layer behind it can take it: {what} comes first")
+
+
+def _into_layer(
+    graph: Graph, node: fx.Node, source: fx.Node, affine: Affine, *, flat: bool
+) -> Plan:
+    name, layer = str(node.target), graph.module(node)
+    graph.check_own(node)
+    if isinstance(layer, nn.Linear):
+        if not flat and not graph.is_matrix(source):
+            raise Stays(f"{name} may read more than one axis behind the samples")
+        if layer.in_features % len(affine.scale):
+            raise Stays(f"{name} does not read {len(affine.scale)} channels")
+    else:
+        if layer.in_channels != len(affine.scale):
+            raise Stays(f"{name} does not read {len(affine.scale)} channels")
+        padded = layer.padding != "valid" and (layer.padding == "same" or any(layer.padding))
+        if padded and layer.padding_mode == "zeros" and affine.shift.any():
+            raise Stays(f"{name} pads with zeros, which the shift would have to reach")
+
+    def edit(_: str) -> None:
+        scale_inputs(layer, affine)
+
+    return Plan(graph.kind(node), 0, (edit,), (f"{affine.name} forwards into {name}",))
+
+
+assert set(READERS.modules) <= set(LAYERS.modules)

@@ -41,15 +41,15 @@ class Group(click.Group):
         stopped = _Stopped()
         try:
             return super().invoke(ctx)
-        except ExportError as error:
+        except BaseException as error:  # an interrupted import or trace may end in any error
+            if stopped.by:
+                click.echo("Interrupted: nothing was left behind.", err=True)
+                raise SystemExit(128 + stopped.by) from None
+            if not isinstance(error, ExportError):
+                raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             raise Failure(error) from error
-        except BaseException:  # some libraries turn an interrupted import into another error
-            if not stopped.by:
-                raise
-            click.echo("Interrupted: nothing was left behind.", err=True)
-            raise SystemExit(128 + stopped.by) from None
 
 
 class _Stopped:

@@ -214,6 +214,8 @@ class Parity(Found, frozen=True):
         sqnr_db         −20 log₁₀ rel_l2, the signal-to-quantisation-noise ratio in dB
         cosine          the smallest cosine similarity of one sample's y and r
         agreement       the share of samples with the same largest output
+        agreement_proven  what the samples prove of it: the one-sided 95 % lower bound of
+                        C. Clopper, E. Pearson (1934), B⁻¹(0.05; k, n − k + 1) for k of n
         accuracy        the share of samples whose largest output is the label
         accuracy_drop   the reference's accuracy − the candidate's
         noise_multiple  rel_l2 / noise_floor, with noise_floor = float32 PyTorch's own rel_l2
@@ -256,6 +258,17 @@ class Parity(Found, frozen=True):
             round(share * self.samples) for share in (self.accuracy, self.reference_accuracy)
         )
         return (reference - hits) / self.samples
+
+    @property
+    def agreement_proven(self) -> float | None:
+        if self.agreement is None:
+            return None
+        from scipy.special import betaincinv
+
+        agreeing = round(self.agreement * self.samples)
+        if not agreeing:
+            return 0.0
+        return float(betaincinv(agreeing, self.samples - agreeing + 1, 0.05))
 
     @property
     def failures(self) -> tuple[str, ...]:

@@ -398,3 +398,26 @@ def test_outputs_are_collected_in_order_flat_in_float64_and_without_what_is_over
 def test_an_output_of_another_name_is_refused_with_the_names_there_are():
     with refused(GraphError, "no output named 'logits'", "'y', 'other'"):
         collect_outputs(doubled, batches(2), "logits", samples=2)
+
+
+@pytest.mark.parametrize(("agreeing", "samples"), [(0, 5), (1, 1), (3, 4), (360, 360), (353, 360)])
+def test_what_the_samples_prove_of_agreement_is_the_exact_binomial_bound(agreeing, samples):
+    from scipy.stats import binomtest
+
+    want = np.eye(2)[np.zeros(samples, dtype=int)]
+    got = np.eye(2)[np.r_[np.zeros(agreeing, dtype=int), np.ones(samples - agreeing, dtype=int)]]
+    exact = binomtest(agreeing, samples, alternative="greater").proportion_ci(0.95, "exact")
+    proven = compare_outputs(want, got, inputs="x").agreement_proven
+    assert proven == pytest.approx(exact.low, abs=1e-12)
+
+
+def test_perfect_agreement_proves_less_than_perfection():
+    """0 of 299 disagreements prove 99 %, 0 of 2,995 prove 99.9 %: the rule of three, exactly."""
+    for samples, proven in ((299, 0.99), (2995, 0.999)):
+        same = np.eye(2)[np.zeros(samples, dtype=int)]
+        bound = compare_outputs(same, same, inputs="x").agreement_proven
+        assert bound is not None
+        assert bound >= proven
+        fewer = compare_outputs(same[1:], same[1:], inputs="x").agreement_proven
+        assert fewer is not None
+        assert fewer < proven

@@ -71,7 +71,8 @@ def _targets(artefact: Artefact) -> tuple[str, ...]:
 def _parity(report: Report) -> list[str]:
     heads = (
         *("compared with float64 PyTorch", "on", "largest error", "relative L2", "SQNR"),
-        *("1 − cosine", "top-1 agreement", "accuracy", "× float32 noise", "gates", "verdict"),
+        *("1 − cosine", "top-1 agreement", "proven", "accuracy", "× float32 noise"),
+        *("gates", "verdict"),
     )
     named = [("PyTorch float32", parity, "") for parity in report.pytorch]
     named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
@@ -83,8 +84,9 @@ def _parity(report: Report) -> list[str]:
         "",
         "The reference is the unfolded network in float64, accuracy "
         f"{figures.share(reference)}. Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is "
-        "−20 log₁₀ of it, cosine is the smallest of one sample, and the float32 noise is PyTorch "
-        "float32's own relative L2 against float64 on the same inputs.",
+        "−20 log₁₀ of it, cosine is the smallest of one sample, proven is the agreement that so "
+        "many samples prove with 95 % confidence (Clopper-Pearson), and the float32 noise is "
+        "PyTorch float32's own relative L2 against float64 on the same inputs.",
         *_not_run(report),
     ]
 
@@ -98,6 +100,7 @@ def _parity_row(name: str, parity: Parity, said: str) -> Sequence[str]:
         figures.decibels(parity.sqnr_db),
         figures.one_minus(parity.cosine),
         figures.share(parity.agreement),
+        f"≥ {figures.share(parity.agreement_proven)}" if parity.agreement_proven else "",
         figures.share(parity.accuracy),
         figures.number(parity.noise_multiple, ".3g"),
         figures.gates(parity) if said else "",

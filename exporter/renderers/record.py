@@ -56,6 +56,7 @@ def _parity(parity: Parity) -> dict[str, Any]:
         "verdict": parity.verdict,
         "sqnr_db": parity.sqnr_db,  # infinite where exact, which JSON has as null
         "noise_multiple": parity.noise_multiple,
+        "agreement_proven": parity.agreement_proven,
         "accuracy_drop": parity.accuracy_drop,
     }
 

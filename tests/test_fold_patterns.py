@@ -173,6 +173,39 @@ def test_functions_are_taken_for_what_they_are():
     assert "dropout stands between" in fold_batchnorm(module).fates[0].detail
 
 
+class Reshaped(nn.Module):
+    """The way older networks flatten, which asks the tensor for its size first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(4, 8, 3), nn.AdaptiveAvgPool2d(1)
+        self.bn, self.last = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.pool(self.conv(x))
+        return self.last(self.bn(x.view(x.size(0), -1)))
+
+
+def test_a_view_is_taken_for_a_flatten_where_shapes_are_known():
+    (said,) = check(Reshaped(), PICTURE, example=PICTURE)
+    assert said == "bn: Conv → AdaptiveAvgPool2d → view → BatchNorm: scale and shift into conv"
+
+
+class JoinedAt(nn.Module):
+    def __init__(self, *args, **names):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3)
+        self.args, self.names, self.bn = args, names, nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(torch.cat([self.one(x), self.other(x)], *self.args, **self.names))
+
+
+@pytest.mark.parametrize("module", [JoinedAt(1), JoinedAt(-3), JoinedAt(dim=1), JoinedAt(axis=-3)])
+def test_channels_are_joined_however_their_axis_is_named(module):
+    check(module, PICTURE)
+
+
 def test_two_batchnorms_in_a_row_both_go():
     clamped = [nn.Conv2d(4, 8, 3), nn.ReLU6(), nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
     check(nn.Sequential(*clamped), PICTURE)

@@ -38,13 +38,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from exporter.errors import GraphError
 from exporter.fold.affine import BATCHNORMS, ChannelClamp, ChannelShift, ChannelSign, affine_of
 from exporter.fold.backwards import push_backwards
 from exporter.fold.forwards import push_forwards
-from exporter.fold.graph import Graph, Stays
+from exporter.fold.graph import Graph, Stays, note_shapes
 from exporter.records import Fate
 
 __all__ = ["ChannelClamp", "ChannelShift", "ChannelSign", "Folded", "fold_batchnorm"]
@@ -85,10 +84,9 @@ def fold_batchnorm(module: nn.Module, example: torch.Tensor | None = None) -> Fo
         raise GraphError(f"torch.fx cannot trace {kind}: {_first_line(error)}") from error
     if example is not None:
         try:
-            ShapeProp(traced).propagate(example.double())
-        except RuntimeError as error:  # of the network's own forward(), fx's stack behind it
-            reason = _first_line(error.__cause__ or error)
-            raise GraphError(f"{kind} does not take the example: {reason}") from error
+            note_shapes(traced, example.double())
+        except Exception as error:  # of the network's own forward()
+            raise GraphError(f"{kind} does not take the example: {_first_line(error)}") from error
     graph = Graph(traced)
     fates = tuple(_fold(graph, node) for node in graph.batchnorms())
     traced.graph.lint()

@@ -50,7 +50,7 @@ def push_backwards(graph: Graph, node: fx.Node, reader: fx.Node, affine: Affine)
         return _into_leftover(graph, node, affine)
     if graph.does_nothing(node) or graph.is_a(node, ADAPTIVE) or _averages_whole(graph, node):
         return _through(graph, node, affine)
-    if graph.is_a(node, FLATTEN):
+    if graph.is_a(node, FLATTEN) or graph.flattens(node):
         return _through_flatten(graph, node, affine)
     if graph.is_a(node, MAXPOOL):
         return _through_maxpool(graph, node, affine)
@@ -211,7 +211,7 @@ def _through_clamp(graph: Graph, node: fx.Node, affine: Affine, clamp: _Clamp) -
 def _into_sum(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     """Split over the terms: all take the scale, the first takes the shift."""
     if node.kwargs or not all(isinstance(term, fx.Node) for term in node.args):
-        raise Stays(f"{graph.label(node)} is a sum of more than two tensors")
+        raise Stays(f"{graph.label(node)} is not a sum of two tensors alone")
     first, second = node.all_input_nodes if len(node.all_input_nodes) == 2 else (None, None)
     if first is None or second is None:
         raise Stays(f"{graph.label(node)} adds a tensor to itself")
@@ -225,11 +225,8 @@ def _into_sum(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
 
 def _into_concatenation(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     """Split over the branches, each with its own channels."""
-    axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     parts = node.all_input_nodes
     sizes = [graph.channels(part) for part in parts]
-    if axis != 1:
-        raise Stays(f"{graph.label(node)} does not join channels")
     for part, size in zip(parts, sizes, strict=True):
         if size is None:
             raise Stays(f"how many channels {graph.label(part)} gives is not known")
@@ -240,6 +237,10 @@ def _into_concatenation(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     for part, size in zip(parts, known, strict=True):
         plans.append(push_backwards(graph, part, node, affine.part(start, size)))
         start += size
+    named = node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    axis = node.args[1] if len(node.args) > 1 else named
+    if axis not in (1, -1 - plans[0].spatial):
+        raise Stays(f"{graph.label(node)} does not join channels")
     return _joined(graph, node, plans)
 
 

@@ -7,7 +7,6 @@ from torch import fx, nn
 from exporter.fold.affine import Affine, scale_inputs
 from exporter.fold.graph import (
     ADAPTIVE,
-    FLATTEN,
     LAYERS,
     Graph,
     Kinds,
@@ -40,8 +39,8 @@ def _into(graph: Graph, node: fx.Node, source: fx.Node, affine: Affine, *, flat:
     if graph.is_a(node, READERS):
         return _into_layer(graph, node, source, affine, flat=flat)
     passes = graph.does_nothing(node) or graph.is_a(node, ADAPTIVE)
-    if passes or (graph.is_a(node, FLATTEN) and graph.is_matrix(node)):
-        flat = flat or graph.is_a(node, FLATTEN)
+    if passes or graph.flattens(node):
+        flat = flat or graph.flattens(node)
         if not node.users:
             raise Stays(f"{graph.label(node)} is read by nothing")
         plans = [_into(graph, user, node, affine, flat=flat) for user in node.users]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
 from exporter.fold.affine import (
@@ -152,8 +151,9 @@ class Graph:
         return " → ".join(reversed(kinds))
 
     def only_reader(self, node: fx.Node, reader: fx.Node) -> None:
-        """Raise `Stays` if anything but ``reader`` reads the node, or it reads it twice."""
-        if others := sorted(user.name for user in node.users if user is not reader):
+        """Raise `Stays` if anything else reads the node's values, or ``reader`` does so twice."""
+        readers = (user for user in node.users if user is not reader)
+        if others := sorted(user.name for user in readers if not _asks_for_shape(user)):
             raise Stays(f"{self.label(node)} is also read by {', '.join(others)}")
         reads: list[fx.Node] = []
         fx.node.map_arg((reader.args, reader.kwargs), reads.append)
@@ -215,12 +215,21 @@ class Graph:
             return self.channels(node.all_input_nodes[0])
         return None
 
+    def flattens(self, node: fx.Node) -> bool:
+        """Return whether a node gives all of a sample's values as one axis of features."""
+        if self.is_a(node, FLATTEN):
+            return _flattens_all(node, self.module(node))
+        if node.target not in ("view", "reshape", torch.reshape):
+            return False
+        before, after = _shape(node.all_input_nodes[0]), _shape(node)
+        return bool(before and after and len(after) == 2 and before[0] == after[0])
+
     def is_matrix(self, node: fx.Node) -> bool:
         """Return whether a node is known to give (samples, features), with nothing behind."""
         if shape := _shape(node):
             return len(shape) == 2
-        if self.is_a(node, FLATTEN):
-            return _flattens_all(node, self.module(node))
+        if self.flattens(node):
+            return True
         passes = (LAYERS, RELU, LEAKY, PRELU, IDENTITY)
         alike = any(self.is_a(node, kinds) for kinds in passes)
         layer = isinstance(self.module(node), nn.Linear | nn.BatchNorm1d | nn.Hardtanh)
@@ -272,10 +281,32 @@ class Graph:
         return node
 
 
+def _asks_for_shape(node: fx.Node) -> bool:
+    """Return whether a node reads no values, which a fold changes, but what it leaves alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    asks = node.target is getattr and len(node.args) > 1
+    return asks and node.args[1] in ("shape", "ndim", "dtype", "device")
+
+
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     """Return a node's shape, if an example was run and the node gives one tensor."""
-    found: Any = node.meta.get("tensor_meta")
-    return tuple(found.shape) if isinstance(found, TensorMetadata) else None
+    found: tuple[int, ...] | None = node.meta.get("shape")
+    return found
+
+
+def note_shapes(traced: fx.GraphModule, example: torch.Tensor) -> None:
+    """Run the network and note the shape of every tensor, for `_shape` to find."""
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            found = super().run_node(node)
+            if isinstance(found, torch.Tensor):
+                node.meta["shape"] = tuple(found.shape)
+            return found
+
+    with torch.inference_mode():
+        Shapes(traced).run(example)
 
 
 def _flattens_all(node: fx.Node, module: Any) -> bool:

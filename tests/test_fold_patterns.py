@@ -357,6 +357,10 @@ class ChangedInPlace(nn.Module):
         lambda net, x: x.view(-1).clamp_(min=0),
         lambda net, x: x[:, 1:].zero_(),
         lambda net, x: x.chunk(2, dim=1)[0].neg_(),
+        lambda net, x: x.data.mul_(3),
+        lambda net, x: x.ravel().mul_(3),
+        lambda net, x: x.diagonal(dim1=2, dim2=3).zero_(),
+        lambda net, x: torch.mul(x, 3, out=x),
     ],
 )
 def test_a_tensor_that_changes_before_the_next_layer_reads_it_keeps_its_batchnorm(change):
@@ -368,6 +372,84 @@ def test_an_example_the_network_cannot_take_is_refused():
     module = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval()
     with pytest.raises(GraphError, match="Sequential does not take the example: "):
         fold_batchnorm(module, torch.zeros(1, 3, 9, 9))
+
+
+# ── What looks like a pattern and is none ───────────────────────────────────────────
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, given, found: found.abs() + 1)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Sequential(nn.Conv1d(4, 8, 3), nn.MaxPool2d(3, 1, 1), nn.BatchNorm1d(8)), (3, 4, 12)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), nn.AvgPool3d(1), nn.BatchNorm2d(8)), (3, 4, 9, 9)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.AvgPool1d(1), nn.BatchNorm1d(8)), (5, 6)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), nn.AdaptiveAvgPool3d((8, 3, 3)), nn.BatchNorm2d(8)), (3, 4, 9, 9)),
+        (nn.Sequential(nn.Conv1d(4, 12, 1), nn.Flatten(0, 1), nn.BatchNorm1d(12)), (3, 4, 12)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), hooked(nn.ReLU()), nn.BatchNorm2d(8)), (3, 4, 9, 9)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), hooked(nn.Identity()), nn.BatchNorm2d(8)), (3, 4, 9, 9)),
+        (nn.Sequential(nn.BatchNorm2d(4), hooked(nn.Identity()), nn.Conv2d(4, 8, 3)), (3, 4, 9, 9)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), nn.Hardtanh(0.0, float("inf")), nn.BatchNorm2d(8)), (3, 4, 9, 9)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("with_example", [False, True])
+def test_what_takes_samples_for_channels_or_runs_hooks_lets_nothing_pass(module, x, with_example):
+    x = torch.randn(*x)
+    check(module, x, folded=False, **({"example": x} if with_example else {}))
+
+
+@pytest.mark.parametrize("pool", [hooked(nn.MaxPool2d(2)), nn.MaxPool3d((2, 1, 1))])
+def test_a_shift_does_not_pass_a_pool_that_is_more_than_one(pool):
+    check(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), pool), PICTURE)
+
+
+class TakenName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.bn_sign = nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, x):
+        return self.bn(torch.relu(self.conv(x))) * self.bn_sign
+
+
+def test_a_name_that_is_taken_is_left_to_its_owner():
+    check(TakenName(), PICTURE)
+
+
+def test_a_network_with_hooks_of_its_own_is_refused():
+    module = hooked(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval())
+    with pytest.raises(GraphError, match="Sequential has hooks of its own"):
+        fold_batchnorm(module)
+
+
+def test_one_layer_left_in_training_mode_is_refused_whatever_it_is():
+    module = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8)).eval()
+    module[1].train()
+    with pytest.raises(GraphError, match=r"^1 is in training mode$"):
+        fold_batchnorm(module)
+
+
+class AsksForItsType(nn.Module):
+    """What is read while tracing must be the network's own type, not the one it is folded in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x.to(self.conv.weight.dtype)))
+
+
+def test_a_network_that_asks_for_its_own_type_keeps_it():
+    module = disturb(AsksForItsType()).eval()
+    folded = fold_batchnorm(module, PICTURE).module
+    with torch.inference_mode():
+        assert torch.allclose(folded(PICTURE), module(PICTURE), atol=1e-5)
 
 
 # ── Blocks of well-known networks ───────────────────────────────────────────────────

@@ -74,8 +74,12 @@ def fold_batchnorm(module: nn.Module, example: torch.Tensor | None = None) -> Fo
         raise GraphError("cannot fold a network in training mode", hint="call module.eval() first")
     dtype = _floating_dtype(module)
     kind = type(module).__name__
+    if training := [name for name, child in module.named_modules() if child.training]:
+        raise GraphError(f"{training[0]} is in training mode", hint="call module.eval() first")
+    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - no public view
+        raise GraphError(f"{kind} has hooks of its own, which a traced copy would not run")
     try:
-        copy = deepcopy(module).double()
+        copy = deepcopy(module)
     except RuntimeError as error:  # what parametrisations of the old kind leave in place of weights
         raise GraphError(f"cannot copy {kind}: {_first_line(error)}") from error
     try:
@@ -84,10 +88,10 @@ def fold_batchnorm(module: nn.Module, example: torch.Tensor | None = None) -> Fo
         raise GraphError(f"torch.fx cannot trace {kind}: {_first_line(error)}") from error
     if example is not None:
         try:
-            note_shapes(traced, example.double())
+            note_shapes(traced, example.to(dtype))
         except Exception as error:  # of the network's own forward()
             raise GraphError(f"{kind} does not take the example: {_first_line(error)}") from error
-    graph = Graph(traced)
+    graph = Graph(traced.double())
     fates = tuple(_fold(graph, node) for node in graph.batchnorms())
     traced.graph.lint()
     traced.recompile()

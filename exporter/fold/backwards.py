@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ def push_backwards(graph: Graph, node: fx.Node, reader: fx.Node, affine: Affine)
     Raises `Stays` with the reason if something in front cannot take it.
     """
     graph.only_reader(node, reader)
+    graph.check_hooks(node)
     if graph.is_a(node, LAYERS):
         return _into_layer(graph, node, affine)
     if type(graph.module(node)) in BATCHNORMS:
@@ -95,6 +97,8 @@ def _into_batchnorm(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     spatial = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[type(batchnorm)]
     if spatial is None:
         raise Stays(f"{name} may give matrices or sequences")
+    if batchnorm.num_features != len(affine.scale):
+        raise Stays(f"{name} gives {batchnorm.num_features} channels, not {len(affine.scale)}")
 
     def edit(_: str) -> None:
         ones, zeros = torch.ones_like(affine.scale), torch.zeros_like(affine.shift)
@@ -129,6 +133,7 @@ def _into_leftover(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
 
 def _through(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     plan = push_backwards(graph, node.all_input_nodes[0], node, affine)
+    graph.check_pool(node, plan.spatial)
     return plan._replace(pattern=f"{plan.pattern} → {graph.kind(node)}")
 
 
@@ -146,7 +151,7 @@ def _averages_whole(graph: Graph, node: fx.Node) -> bool:
 def _through_flatten(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     """Pass a flatten of 1×1 pictures, where a feature is a channel."""
     source = node.all_input_nodes[0]
-    if not graph.is_matrix(node) or graph.channels(source) != len(affine.scale):
+    if not graph.flattens(node) or graph.channels(source) != len(affine.scale):
         raise Stays(f"{graph.label(node)} makes several features of one channel")
     return _through(graph, node, affine)._replace(spatial=0)
 
@@ -178,6 +183,8 @@ class _Clamp(NamedTuple):
 def _bounds(graph: Graph, node: fx.Node) -> _Clamp | None:
     module: Any = graph.module(node)
     if type(module) in (nn.Hardtanh, nn.ReLU6):
+        if not (math.isfinite(module.min_val) and math.isfinite(module.max_val)):
+            return None
         return _Clamp(module.min_val, module.max_val)
     if type(module) is nn.Hardsigmoid or node.target is functional.hardsigmoid:
         return _Clamp(0.0, 1.0, 1 / 6, 0.5)

@@ -24,8 +24,7 @@ def push_forwards(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     """
     if not node.users:
         raise Stays("nothing reads it")
-    graph.check_unchanged(node.all_input_nodes[0], but=node)  # it will be read later than it was
-    plans = [_into(graph, user, node, affine, flat=False) for user in node.users]
+    plans = [_into(graph, user, node, affine, node, flat=False) for user in node.users]
     patterns = [plan.pattern for plan in plans]
     return Plan(
         patterns[0] if len(patterns) == 1 else f"({', '.join(patterns)})",
@@ -35,15 +34,28 @@ def push_forwards(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     )
 
 
-def _into(graph: Graph, node: fx.Node, source: fx.Node, affine: Affine, *, flat: bool) -> Plan:
+def _into(
+    graph: Graph,
+    node: fx.Node,
+    source: fx.Node,
+    affine: Affine,
+    batchnorm: fx.Node,
+    *,
+    flat: bool,
+) -> Plan:
+    graph.check_hooks(node)
     if graph.is_a(node, READERS):
+        graph.check_unchanged(batchnorm, node)  # it will be read here, and not there
         return _into_layer(graph, node, source, affine, flat=flat)
+    if graph.is_a(node, ADAPTIVE):
+        kind = type(graph.module(batchnorm))
+        graph.check_pool(node, {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(kind))
     passes = graph.does_nothing(node) or graph.is_a(node, ADAPTIVE)
     if passes or graph.flattens(node):
         flat = flat or graph.flattens(node)
         if not node.users:
             raise Stays(f"{graph.label(node)} is read by nothing")
-        plans = [_into(graph, user, node, affine, flat=flat) for user in node.users]
+        plans = [_into(graph, user, node, affine, batchnorm, flat=flat) for user in node.users]
         return Plan(
             f"{graph.kind(node)} → {plans[0].pattern}",
             0,

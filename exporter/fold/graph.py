@@ -79,11 +79,6 @@ LAYERS = Kinds((*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
 
 
 # fmt: off
-ALIASES = frozenset({  # what may give a view of what it reads
-    "chunk", "contiguous", "detach", "expand", "flatten", "getitem", "movedim", "narrow", "permute",
-    "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten",
-    "unsqueeze", "view", "view_as",
-})
 IN_PLACE = frozenset({  # of Python's operators
     "iadd", "iand", "ifloordiv", "imatmul", "imod", "imul", "ior", "ipow", "isub", "itruediv",
     "setitem",
@@ -160,16 +155,35 @@ class Graph:
         if reads.count(node) > 1:
             raise Stays(f"{self.label(node)} is read twice by {reader.name}")
 
-    def check_unchanged(self, node: fx.Node, *, but: fx.Node) -> None:
-        """Raise `Stays` if a reader other than ``but`` changes what a node gave in place."""
-        pending = [user for user in node.users if user is not but]
-        while pending:
-            user = pending.pop()
-            if self._is_in_place(user):
-                raise Stays(f"{self.label(node)} is changed in place by {self.label(user)}")
-            name = str(getattr(user.target, "__name__", user.target))
-            if name in ALIASES or self.is_a(user, IDENTITY) or self.is_a(user, FLATTEN):
-                pending += user.users
+    def check_unchanged(self, first: fx.Node, last: fx.Node) -> None:
+        """Raise `Stays` if anything is changed in place between two nodes, in running order.
+
+        What is changed may be a view of what the first one read, in more ways than can be told.
+        """
+        nodes = list(self.traced.graph.nodes)
+        for node in nodes[nodes.index(first) + 1 : nodes.index(last)]:
+            if self._is_in_place(node):
+                changed = (
+                    self.label(node.all_input_nodes[0]) if node.all_input_nodes else "a tensor"
+                )
+                raise Stays(f"{changed} is changed in place by {self.label(node)}")
+
+    def check_hooks(self, node: fx.Node) -> None:
+        """Raise `Stays` if the module that a node calls has hooks."""
+        module = self.module(node)
+        if module is not None and (
+            module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no public view
+        ):
+            raise Stays(f"{self.label(node)} has hooks, which may change what it computes")
+
+    def check_pool(self, node: fx.Node, spatial: int | None) -> None:
+        """Raise `Stays` if a pool takes another number of axes than lie behind the channels.
+
+        It would then pool over channels, taking samples for channels.
+        """
+        pools = (MAXPOOL, AVGPOOL, ADAPTIVE)
+        if any(self.is_a(node, kinds) for kinds in pools) and _pooled_axes(self, node) != spatial:
+            raise Stays(f"{self.label(node)} pools over channels")
 
     def _is_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -181,13 +195,11 @@ class Graph:
     def check_own(self, node: fx.Node) -> None:
         """Raise `Stays` if changing the module that a node calls would change anything else."""
         name = str(node.target)
-        module = self.module(node)
         nodes = self.traced.graph.nodes
         calls = Counter(str(other.target) for other in nodes if other.op == "call_module")
         if calls[name] > 1:
             raise Stays(f"{name} is called {calls[name]} times")
-        if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - no public view
-            raise Stays(f"{name} has hooks, which may change what it computes")
+        self.check_hooks(node)
         read = (str(other.target) for other in nodes if other.op == "get_attr")
         if any(target.startswith(f"{name}.") for target in read):
             raise Stays(f"{name}'s weights are also read by themselves")
@@ -249,7 +261,7 @@ class Graph:
             node = self.insert_behind(node, f"{batchnorm}_sign", ChannelSign(sign.view(along)))
             said.append(f"sign of {affine.negative} channels with γ < 0 by one multiplication")
         if affine.shift.any():
-            pooled = self._maxpool_behind(node)
+            pooled = self._maxpool_behind(node, spatial)
             self.insert_behind(pooled, batchnorm, ChannelShift(affine.shift.view(along)))
             said.append(f"shift by one addition behind {self.label(pooled)}")
         return said
@@ -262,8 +274,7 @@ class Graph:
     def insert_behind(self, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
         """Let all that reads a node read ``module`` of it, under the name or one like it."""
         free, count = name, 1
-        taken = {str(n.target) for n in self.traced.graph.nodes if n.op == "call_module"}
-        while free in taken:
+        while not self._is_free(free):
             count += 1
             free = f"{name}_{count}"
         parent, _, last = free.rpartition(".")
@@ -273,12 +284,34 @@ class Graph:
         node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
         return added
 
-    def _maxpool_behind(self, node: fx.Node) -> fx.Node:
+    def _is_free(self, name: str) -> bool:
+        """Return whether nothing has the name, or only a BatchNorm that is called no more."""
+        calls = (str(n.target) for n in self.traced.graph.nodes if n.op == "call_module")
+        if name in calls:
+            return False
+        parent, _, last = name.rpartition(".")
+        found = getattr(self.traced.get_submodule(parent), last, None)
+        return found is None or type(found) in BATCHNORMS
+
+    def _maxpool_behind(self, node: fx.Node, spatial: int) -> fx.Node:
         """Return the max-pool that is all that reads a node, or the node itself."""
         users = list(node.users)
-        if len(users) == 1 and self.is_a(users[0], MAXPOOL):
-            return node if self.returns_indices(users[0]) else users[0]
-        return node
+        if len(users) != 1 or not self.is_a(users[0], MAXPOOL):
+            return node
+        try:
+            self.check_pool(users[0], spatial)
+            self.check_hooks(users[0])
+        except Stays:
+            return node
+        return node if self.returns_indices(users[0]) else users[0]
+
+
+def _pooled_axes(graph: Graph, node: fx.Node) -> int:
+    """Return over how many axes a pool goes, which ends its kind's name."""
+    called = node.target if graph.module(node) is None else type(graph.module(node))
+    name = str(getattr(called, "__name__", called))
+    kinds = {functional.max_pool1d: 1, functional.max_pool2d: 2, functional.max_pool3d: 3}
+    return kinds[called] if called in kinds else int(name[-2])
 
 
 def _asks_for_shape(node: fx.Node) -> bool:

@@ -42,7 +42,7 @@ from torch import fx, nn
 from exporter.errors import GraphError
 from exporter.fold.affine import BATCHNORMS, ChannelClamp, ChannelShift, ChannelSign, affine_of
 from exporter.fold.backwards import push_backwards
-from exporter.fold.forwards import push_forwards
+from exporter.fold.forwards import check_centred, push_forwards
 from exporter.fold.graph import Graph, Stays, note_shapes
 from exporter.records import Fate
 
@@ -120,6 +120,7 @@ def _fold(graph: Graph, node: fx.Node) -> Fate:
     except Stays as in_front:
         try:
             plan = push_forwards(graph, node, affine)
+            check_centred(batchnorm)
         except Stays as behind:
             pattern = f"{graph.path(source)} → BatchNorm"
             return Fate(name, pattern, False, f"{in_front}; {behind}")

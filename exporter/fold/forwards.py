@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx, nn
 
 from exporter.fold.affine import Affine, scale_inputs
@@ -15,6 +18,21 @@ from exporter.fold.graph import (
 )
 
 READERS = Kinds((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+
+
+CENTRED = 0.5  # means in standard deviations up to which float32 loses nothing to speak of
+
+
+def check_centred(batchnorm: Any) -> None:
+    """Raise `Stays` where means are large beside the deviations.
+
+    Σ W·a·x is then large and all but cancelled by Σ W·c: exact, but float32 would lose digits that
+    subtracting the mean first keeps.
+    """
+    deviations = torch.sqrt(batchnorm.running_var + batchnorm.eps)
+    largest = float((batchnorm.running_mean.abs() / deviations).max())
+    if largest > CENTRED:
+        raise Stays(f"a mean of {largest:.1f} deviations behind it would cost float32 its digits")
 
 
 def push_forwards(graph: Graph, node: fx.Node, affine: Affine) -> Plan:

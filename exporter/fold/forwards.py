@@ -8,18 +8,9 @@ import torch
 from torch import fx, nn
 
 from exporter.fold.affine import Affine, scale_inputs
-from exporter.fold.graph import (
-    ADAPTIVE,
-    LAYERS,
-    Graph,
-    Kinds,
-    Plan,
-    Stays,
-)
+from exporter.fold.graph import ADAPTIVE, Graph, Kinds, Plan, Stays
 
 READERS = Kinds((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-
-
 CENTRED = 0.5  # means in standard deviations up to which float32 loses nothing to speak of
 
 
@@ -44,12 +35,12 @@ def push_forwards(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
         raise Stays("nothing reads it")
     plans = [_into(graph, user, node, affine, node, flat=False) for user in node.users]
     patterns = [plan.pattern for plan in plans]
-    return Plan(
-        patterns[0] if len(patterns) == 1 else f"({', '.join(patterns)})",
-        0,
-        tuple(edit for plan in plans for edit in plan.edits),
-        tuple(said for plan in plans for said in plan.said),
-    )
+    return _together(patterns[0] if len(patterns) == 1 else f"({', '.join(patterns)})", plans)
+
+
+def _together(pattern: str, plans: list[Plan]) -> Plan:
+    edits = tuple(edit for plan in plans for edit in plan.edits)
+    return Plan(pattern, 0, edits, tuple(said for plan in plans for said in plan.said))
 
 
 def _into(
@@ -74,12 +65,7 @@ def _into(
         if not node.users:
             raise Stays(f"{graph.label(node)} is read by nothing")
         plans = [_into(graph, user, node, affine, batchnorm, flat=flat) for user in node.users]
-        return Plan(
-            f"{graph.kind(node)} → {plans[0].pattern}",
-            0,
-            tuple(edit for plan in plans for edit in plan.edits),
-            tuple(said for plan in plans for said in plan.said),
-        )
+        return _together(f"{graph.kind(node)} → {plans[0].pattern}", plans)
     what = "the output" if node.op == "output" else graph.kind(node)
     raise Stays(f"no layer behind it can take it: {what} comes first")
 
@@ -105,6 +91,3 @@ def _into_layer(
         scale_inputs(layer, affine)
 
     return Plan(graph.kind(node), 0, (edit,), (f"{affine.name} forwards into {name}",))
-
-
-assert set(READERS.modules) <= set(LAYERS.modules)

@@ -242,10 +242,8 @@ class Graph:
             return len(shape) == 2
         if self.flattens(node):
             return True
-        passes = (LAYERS, RELU, LEAKY, PRELU, IDENTITY)
-        alike = any(self.is_a(node, kinds) for kinds in passes)
-        layer = isinstance(self.module(node), nn.Linear | nn.BatchNorm1d | nn.Hardtanh)
-        if (alike and not self.is_a(node, Kinds((*CONVOLUTIONS, *TRANSPOSED)))) or layer:
+        alike = any(self.is_a(node, kinds) for kinds in (RELU, LEAKY, PRELU, IDENTITY))
+        if alike or isinstance(self.module(node), nn.Linear | nn.BatchNorm1d | nn.Hardtanh):
             return self.is_matrix(node.all_input_nodes[0])
         return False
 

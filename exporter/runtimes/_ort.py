@@ -68,10 +68,8 @@ class OnnxRuntime(Plugin, frozen=True):
         executed = self._optimised(path)
         if is_quantised(graph):
             integer = sum(node.op_type in INTEGER for node in executed.node)
-            quantised = sum(
-                node.op_type in WEIGHTED and node.input[1] in dequantised_weights(graph)
-                for node in graph.node
-            )
+            stored = dequantised_weights(graph)
+            quantised = sum(n.op_type in WEIGHTED and n.input[1] in stored for n in graph.node)
             notes.append(
                 f"{integer} of {quantised} INT8 layers run as integer kernels"
                 + ("" if integer else ": they compute in float between Q and DQ, so expect no gain")

@@ -1,0 +1,216 @@
+"""An ONNX graph, emulated: what it computes in exact arithmetic, rounded, or with rounding's noise.
+
+    exact      float64 throughout, whatever the graph declares: the function that was asked for
+    rounded    the same, and every half-precision tensor rounded to its type where it is written
+    noisy      float64, with a random error of the size that rounding to each declared type must
+               cause: what any honest implementation loses, and how that grows to the output
+
+INT8 is part of the function in all three: QuantizeLinear rounds, and in the noisy run what it reads
+is a little off, so that values near the middle between two steps fall to either side, as they do
+from one runtime to the next. `operators` says what each node means, `rounding` what it must lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from exporter.emulation.operators import OPERATORS
+from exporter.emulation.rounding import (
+    FLOAT,
+    LAYERS,
+    ROUNDOFF,
+    input_variance,
+    round_to,
+    variance,
+)
+from exporter.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from exporter.records import Array, Feed
+
+Arithmetic: TypeAlias = Literal["exact", "rounded", "noisy"]
+Values: TypeAlias = dict[str, Tensor]
+
+_WHOLE = {6, 7, 9, 12, 13}  # INT32, INT64, BOOL, UINT32, UINT64: shapes, indices, conditions
+
+
+class Step(NamedTuple):
+    """One node: its name and operator, attributes, tensors, and the type it writes."""
+
+    name: str
+    op: str
+    attributes: Mapping[str, Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    dtype: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emulator:
+    """A graph that can be run node by node. Make one with `Emulator.of`."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    constants: Mapping[str, Tensor]
+    dtypes: Mapping[str, int]
+    bias_steps: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> Emulator:
+        """Read a graph. Raises `GraphError` for an operator that has no emulation."""
+        import onnx
+
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        constants = {t.name: _tensor(t) for t in graph.initializer}
+        dtypes = {t.name: int(t.data_type) for t in graph.initializer}
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            dtypes[value.name] = int(value.type.tensor_type.elem_type)
+        steps = tuple(_step(node, dtypes) for node in graph.node)
+        return cls(
+            inputs=tuple(v.name for v in graph.input if v.name not in constants),
+            outputs=tuple(value.name for value in graph.output),
+            steps=steps,
+            constants=constants,
+            dtypes=dtypes,
+            bias_steps=dict(_bias_steps(steps, constants)),
+        )
+
+    def run(
+        self,
+        feed: Mapping[str, Tensor],
+        arithmetic: Arithmetic = "exact",
+        *,
+        seed: int = 0,
+        watch: Sequence[str] = (),
+    ) -> Values:
+        """Return the outputs, and the tensors to ``watch``, for one batch of float64 inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        kept = {*self.outputs, *watch}
+        last = {name: i for i, step in enumerate(self.steps) for name in step.reads}
+        values: Values = {name: feed[name].double() for name in self.inputs}
+        found = {name: value for name, value in values.items() if name in kept}
+        for i, step in enumerate(self.steps):
+            inputs = [self.value(name, values) for name in step.reads]
+            if arithmetic == "noisy" and step.op == "QuantizeLinear" and inputs[0] is not None:
+                error = ROUNDOFF[FLOAT] * inputs[0].abs() / 3**0.5  # of the division by the scale
+                inputs[0] = inputs[0] + error * _noise(inputs[0], generator)
+            for name, value in self.compute(step, inputs).items():
+                if arithmetic == "rounded":
+                    value = round_to(value, step.dtype)
+                elif arithmetic == "noisy":
+                    own = self.variance(step, inputs, value)
+                    value = value if own is None else value + own.sqrt() * _noise(value, generator)
+                values[name] = value
+                if name in kept:
+                    found[name] = value
+            for name in step.reads:
+                if last[name] == i:
+                    values.pop(name, None)
+        return found
+
+    def compute(self, step: Step, inputs: Sequence[Tensor | None]) -> Values:
+        """Return what one node writes, exactly. Raises `GraphError` if it cannot be emulated."""
+        try:
+            got = OPERATORS[step.op](step.attributes, *inputs)
+        except NotImplementedError as error:
+            raise GraphError(f"{step.name!r}: {step.op} with {error} has no emulation") from error
+        parts = got if isinstance(got, tuple) else (got,)
+        return dict(zip(step.writes, parts, strict=False))
+
+    def variance(
+        self, step: Step, inputs: Sequence[Tensor | None], output: Tensor
+    ) -> Tensor | None:
+        """Return the variance of what a node's own rounding adds to ``output``, or None."""
+        bias_step = self.bias_steps.get(step.name)
+        return variance(
+            step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step
+        )
+
+    def input_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
+        """Return what a layer's output varies by if its input was kept wider than declared."""
+        return input_variance(step.op, step.attributes, inputs, self.dtypes.get(step.reads[0], 0))
+
+    def value(self, name: str, values: Values) -> Tensor | None:
+        if not name:
+            return None
+        return values[name] if name in values else self.constants[name]
+
+
+def emulate(
+    emulator: Emulator,
+    feeds: Iterator[Feed],
+    output: str,
+    arithmetic: Arithmetic,
+    *,
+    seed: int = 0,
+    advance: Callable[[], object] = lambda: None,
+) -> Array:
+    """Return the named output for every feed in turn, (samples, outputs) float64."""
+    parts = []
+    with torch.inference_mode():
+        for number, feed in enumerate(feeds):
+            tensors = {name: torch.from_numpy(value).double() for name, value in feed.items()}
+            got = emulator.run(tensors, arithmetic, seed=seed + number)[output]
+            parts.append(got.reshape(len(got), -1))
+            advance()
+    found: Array = torch.cat(parts).numpy()
+    return found
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def _step(node: onnx.NodeProto, dtypes: Mapping[str, int]) -> Step:
+    import onnx
+
+    if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+        kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+        raise GraphError(f"{node.name!r}: the operator {kind} has no emulation")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    for key, value in attributes.items():
+        if isinstance(value, onnx.TensorProto):
+            attributes[key] = _tensor(value)
+    dtype = dtypes.get(node.output[0], 0)
+    if node.op_type == "QuantizeLinear":
+        zero = dtypes.get(node.input[2], 2) if len(node.input) > 2 else 2
+        attributes["to"] = attributes.get("output_dtype") or zero
+    return Step(
+        node.name, node.op_type, attributes, tuple(node.input), tuple(node.output), dtype
+    )
+
+
+def _tensor(proto: onnx.TensorProto) -> Tensor:
+    import numpy as np
+    import onnx
+
+    value = onnx.numpy_helper.to_array(proto)
+    if proto.data_type in _WHOLE:
+        return torch.from_numpy(np.array(value))
+    return torch.from_numpy(np.array(value, dtype=np.float64))
+
+
+def _bias_steps(
+    steps: Sequence[Step], constants: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield sₓ·s_w for each layer whose input and weights are both dequantised, by its name."""
+    scales = {
+        step.writes[0]: constants[step.reads[1]]
+        for step in steps
+        if step.op == "DequantizeLinear" and step.reads[1] in constants
+    }
+    for step in steps:
+        if step.op in LAYERS and all(name in scales for name in step.reads[:2]):
+            x, w = (scales[name] for name in step.reads[:2])
+            yield step.name, x * w
+
+
+__all__ = ["Arithmetic", "Emulator", "Step", "Values", "emulate"]

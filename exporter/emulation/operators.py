@@ -1,0 +1,450 @@
+"""What ONNX operators mean, in PyTorch on float64 tensors: https://onnx.ai/onnx/operators.
+
+Written down a second time, apart from every runtime, since a runtime cannot be its own witness.
+Each function takes a node's attributes and its inputs (None where one is left out) and returns its
+output, or a tuple of them. All are differentiable where the operator is; rounding passes gradients
+straight through (Y. Bengio et al., 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Attributes: TypeAlias = Mapping[str, Any]
+Operator: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+LIMITS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 6: (-(2**31), 2**31 - 1)}
+
+
+# ── Layers ──────────────────────────────────────────────────────────────────────────
+
+
+def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    run = (functional.conv1d, functional.conv2d, functional.conv3d)[w.ndim - 3]
+    strides, dilations = _spatial(a, "strides", w), _spatial(a, "dilations", w)
+    x, padding = _padded(a, x, w.shape[2:], strides, dilations)
+    return run(x, w, b, strides, padding, dilations, a.get("group", 1))
+
+
+def _conv_transpose(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    runs = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+    if a.get("auto_pad", b"NOTSET") != b"NOTSET" or "output_shape" in a:
+        raise NotImplementedError("auto_pad or output_shape")
+    spatial = w.ndim - 2
+    pads = a.get("pads", [0] * 2 * spatial)
+    extra = _spatial(a, "output_padding", w, 0)
+    strides, dilations = _spatial(a, "strides", w), _spatial(a, "dilations", w)
+    whole = runs[spatial - 1](x, w, None, strides, 0, 0, a.get("group", 1), dilations)
+    # What is cut off at the ends is the padding; output_padding adds what no input reaches.
+    sides = [(-pads[i], extra[i] - pads[spatial + i]) for i in range(spatial)]
+    cut = functional.pad(whole, [n for side in reversed(sides) for n in side])
+    return cut if b is None else cut + b.view(-1, *[1] * spatial)
+
+
+def _spatial(a: Attributes, key: str, w: Tensor, default: int = 1) -> list[int]:
+    return list(a.get(key, [default] * (w.ndim - 2)))
+
+
+def _pads(
+    a: Attributes,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> list[int]:
+    """Return how much is padded: the begins of all axes, then the ends."""
+    kind = a.get("auto_pad", b"NOTSET")
+    if kind == b"NOTSET":
+        return list(a.get("pads", [0] * 2 * len(kernel)))
+    if kind == b"VALID":
+        return [0] * 2 * len(kernel)
+    begins, ends = [], []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max(0, (math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n)
+        small, large = total // 2, total - total // 2
+        begins.append(small if kind == b"SAME_UPPER" else large)
+        ends.append(large if kind == b"SAME_UPPER" else small)
+    return [*begins, *ends]
+
+
+def _padded(
+    a: Attributes,
+    x: Tensor,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    value: float = 0.0,
+) -> tuple[Tensor, Any]:
+    """Return x with what must be padded by hand, and the padding that is left to the layer."""
+    pads = _pads(a, x.shape[2:], kernel, strides, dilations)
+    begins, ends = pads[: len(kernel)], pads[len(kernel) :]
+    if begins == ends and value == 0.0:
+        return x, begins
+    sides = [n for side in zip(reversed(begins), reversed(ends), strict=True) for n in side]
+    return functional.pad(x, sides, value=value), [0] * len(kernel)
+
+
+def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    x = x.T if a.get("transA") else x
+    w = w.T if a.get("transB") else w
+    y = a.get("alpha", 1.0) * (x @ w)
+    return y if b is None else y + a.get("beta", 1.0) * b
+
+
+def _batch_norm(a: Attributes, x: Tensor, *of: Tensor) -> Tensor:
+    along = (-1, *[1] * (x.ndim - 2))
+    gamma, beta, mean, variance = (part.view(along) for part in of)
+    return (x - mean) * (gamma / torch.sqrt(variance + a.get("epsilon", 1e-5))) + beta
+
+
+# ── Pools ───────────────────────────────────────────────────────────────────────────
+
+
+def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    kernel = a["kernel_shape"]
+    strides, dilations = a.get("strides", [1] * len(kernel)), a.get("dilations", [1] * len(kernel))
+    x, _ = _padded(a, x, kernel, strides, dilations, -math.inf)
+    run = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
+    return run(x, kernel, strides, 0, dilations, bool(a.get("ceil_mode", 0)))
+
+
+def average_windows(a: Attributes, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of each window and how many elements it averages over."""
+    kernel = a["kernel_shape"]
+    strides = a.get("strides", [1] * len(kernel))
+    if any(d != 1 for d in a.get("dilations", ())):
+        raise NotImplementedError("dilations")
+    pads = _pads(a, x.shape[2:], kernel, strides, [1] * len(kernel))
+    begins, ends = pads[: len(kernel)], pads[len(kernel) :]
+    sides = [n for side in zip(reversed(begins), reversed(ends), strict=True) for n in side]
+    counted = torch.ones_like(x[:1, :1])
+    padded = functional.pad(counted, sides, value=float(a.get("count_include_pad", 0)))
+
+    def summed(values: Tensor) -> Tensor:
+        values = values if len(kernel) > 1 else values.unsqueeze(-2)
+        run = functional.avg_pool3d if len(kernel) == 3 else functional.avg_pool2d
+        wide = (kernel, strides) if len(kernel) > 1 else ([1, *kernel], [1, *strides])
+        got = run(values, *wide, 0, bool(a.get("ceil_mode", 0)), divisor_override=1)
+        return got if len(kernel) > 1 else got.squeeze(-2)
+
+    return summed(functional.pad(x, sides)), summed(padded)
+
+
+def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    total, count = average_windows(a, x)
+    return total / count
+
+
+def _global(reduce_axes: Callable[..., Tensor], a: Attributes, x: Tensor) -> Tensor:
+    return reduce_axes(x, dim=tuple(range(2, x.ndim)), keepdim=True)
+
+
+def _reduce(run: Callable[..., Tensor], a: Attributes, x: Tensor, *given: Tensor | None) -> Tensor:
+    return run(x, dim=axes_of(a, x, *given), keepdim=bool(a.get("keepdims", 1)))
+
+
+def axes_of(a: Attributes, x: Tensor, given: Tensor | None = None) -> tuple[int, ...]:
+    """Return the axes that a reduction goes over: an attribute once, an input since opset 18."""
+    axes = given.tolist() if given is not None else a.get("axes")
+    return tuple(axes) if axes else tuple(range(x.ndim))
+
+
+# ── Element by element ──────────────────────────────────────────────────────────────
+
+
+def _clip(
+    a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
+) -> Tensor:
+    low = low if low is not None else a.get("min")
+    high = high if high is not None else a.get("max")
+    if low is not None:
+        x = torch.maximum(x, torch.as_tensor(low, dtype=x.dtype))
+    if high is not None:
+        x = torch.minimum(x, torch.as_tensor(high, dtype=x.dtype))
+    return x
+
+
+def _prelu(a: Attributes, x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, slope * x, x)
+
+
+def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    return (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1)
+
+
+def _gelu(a: Attributes, x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate=a.get("approximate", b"none").decode())
+
+
+def _softmax(run: Callable[..., Tensor], a: Attributes, x: Tensor) -> Tensor:
+    return run(x, dim=a.get("axis", -1))
+
+
+def _cast(a: Attributes, x: Tensor) -> Tensor:
+    whole = {6: torch.int32, 7: torch.int64, 9: torch.bool}
+    if a["to"] in whole:
+        return x.to(whole[a["to"]])
+    return x if x.dtype == torch.float64 else x.double()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Round half to even; gradients pass straight through."""
+    return x + (torch.round(x) - x).detach()
+
+
+def _along(part: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Return a scale or zero point, one number or one per slice of an axis, to broadcast with x."""
+    if part.numel() == 1:
+        return part.reshape(())
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return part.reshape(shape)
+
+
+def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    low, high = LIMITS[a["to"]]
+    scale = _along(scale, x, a.get("axis", 1))
+    zero = torch.zeros((), dtype=x.dtype) if zero is None else _along(zero, x, a.get("axis", 1))
+    return (rounded(x / scale) + zero).clamp(low, high)
+
+
+def _dequantize(a: Attributes, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    if a.get("block_size"):
+        raise NotImplementedError("block_size")
+    q = q.double()
+    shifted = q if zero is None else q - _along(zero.double(), q, a.get("axis", 1))
+    return shifted * _along(scale, q, a.get("axis", 1))
+
+
+# ── Moves ───────────────────────────────────────────────────────────────────────────
+
+
+def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    wanted = shape.tolist()
+    if not a.get("allowzero"):
+        wanted = [x.shape[i] if n == 0 else n for i, n in enumerate(wanted)]
+    return x.reshape(wanted)
+
+
+def _flatten(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", 1)
+    return x.reshape(math.prod(x.shape[:axis]), -1)
+
+
+def _transpose(a: Attributes, x: Tensor) -> Tensor:
+    return x.permute(a.get("perm", tuple(reversed(range(x.ndim)))))
+
+
+def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    axis = a.get("axis", 0)
+    if sizes is not None or "split" in a:
+        parts = sizes.tolist() if sizes is not None else a["split"]
+        return torch.split(x, parts, dim=axis)
+    each = math.ceil(x.shape[axis] / a["num_outputs"])
+    return torch.split(x, each, dim=axis)
+
+
+def _slice(a: Attributes, x: Tensor, *given: Tensor) -> Tensor:
+    lists = [part.tolist() for part in given]
+    starts, ends = lists[:2] if given else (a["starts"], a["ends"])
+    axes = lists[2] if len(lists) > 2 else a.get("axes", list(range(len(starts))))
+    steps = lists[3] if len(lists) > 3 else [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        chosen = range(x.shape[axis])[start:end:step]
+        x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64))
+    return x
+
+
+def _gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    axis = a.get("axis", 0) % x.ndim
+    chosen = x.index_select(axis, indices.flatten() % x.shape[axis])
+    return chosen.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+
+def _squeeze(a: Attributes, x: Tensor, given: Tensor | None = None) -> Tensor:
+    axes = given.tolist() if given is not None else a.get("axes")
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes))
+
+
+def _unsqueeze(a: Attributes, x: Tensor, given: Tensor | None = None) -> Tensor:
+    axes = given.tolist() if given is not None else a["axes"]
+    for axis in sorted(n % (x.ndim + len(axes)) for n in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _pad(
+    a: Attributes,
+    x: Tensor,
+    given: Tensor | None = None,
+    value: Tensor | None = None,
+    axes: Tensor | None = None,
+) -> Tensor:
+    pads = given.tolist() if given is not None else a["pads"]
+    chosen = axes.tolist() if axes is not None else list(range(x.ndim))
+    sides = [(0, 0)] * x.ndim
+    for i, axis in enumerate(chosen):
+        sides[axis] = (pads[i], pads[len(chosen) + i])
+    mode = a.get("mode", b"constant").decode()
+    if mode == "constant":
+        flat = [n for side in reversed(sides) for n in side]
+        filled = float(value) if value is not None else a.get("value", 0.0)
+        return functional.pad(x, flat, value=filled)
+    if any(n for side in sides[:2] for n in side):
+        raise NotImplementedError(f"{mode} padding of channels")
+    flat = [n for side in reversed(sides[2:]) for n in side]
+    modes = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+    return functional.pad(x, flat, mode=modes[mode])
+
+
+def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    b = a["blocksize"]
+    if a.get("mode", b"DCR") == b"CRD":
+        return functional.pixel_shuffle(x, b)
+    x = x.reshape(n, b, b, c // b**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(n, c // b**2, h * b, w * b)
+
+
+def _resize(
+    a: Attributes,
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    mode = a.get("mode", b"nearest").decode()
+    where = a.get("coordinate_transformation_mode", b"half_pixel").decode()
+    nearest = a.get("nearest_mode", b"round_prefer_floor").decode()
+    if sizes is not None:
+        size = sizes.tolist()[2:]
+    else:
+        assert scales is not None
+        size = [math.floor(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+    if mode == "nearest" and (where, nearest) == ("asymmetric", "floor"):
+        return functional.interpolate(x, size=size, mode="nearest")
+    kinds = {3: "linear", 4: "bilinear", 5: "trilinear"}
+    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+        corners = where == "align_corners"
+        return functional.interpolate(x, size=size, mode=kinds[x.ndim], align_corners=corners)
+    raise NotImplementedError(f"mode {mode} with {where} and {nearest}")
+
+
+def _constant(a: Attributes) -> Tensor:
+    for key in ("value_float", "value_floats"):
+        if key in a:
+            return torch.tensor(a[key], dtype=torch.float64)
+    for key in ("value_int", "value_ints"):
+        if key in a:
+            return torch.tensor(a[key], dtype=torch.int64)
+    value: Tensor = a["value"]
+    return value
+
+
+def _filled(a: Attributes, shape: Tensor) -> Tensor:
+    value = a["value"] if "value" in a else torch.zeros(1, dtype=torch.float64)
+    return value.reshape(()).expand(shape.tolist()).clone()
+
+
+def _shape(a: Attributes, x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[a.get("start", 0) : a.get("end", x.ndim)], dtype=torch.int64)
+
+
+def _plain(run: Callable[..., Tensor]) -> Operator:
+    """Return an operator with no attributes that matter."""
+    return lambda _, *inputs: run(*inputs)
+
+
+def _all(run: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    """Return an operator over any number of inputs."""
+    return lambda _, *inputs: reduce(run, inputs)
+
+
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    whole = not (x.is_floating_point() or y.is_floating_point())
+    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+
+
+OPERATORS: dict[str, Operator] = {
+    "Abs": _plain(torch.abs),
+    "Add": _plain(torch.add),
+    "And": _plain(torch.logical_and),
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "Ceil": _plain(torch.ceil),
+    "Clip": _clip,
+    "Concat": lambda a, *parts: torch.cat(parts, dim=a["axis"]),
+    "Constant": _constant,
+    "ConstantOfShape": _filled,
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "DepthToSpace": _depth_to_space,
+    "DequantizeLinear": _dequantize,
+    "Div": _plain(_divide),
+    "Dropout": lambda _, x, *rest: x,
+    "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
+    "Equal": _plain(torch.eq),
+    "Erf": _plain(torch.erf),
+    "Exp": _plain(torch.exp),
+    "Expand": lambda _, x, shape: x * torch.ones(shape.tolist(), dtype=x.dtype),
+    "Flatten": _flatten,
+    "Floor": _plain(torch.floor),
+    "Gather": _gather,
+    "Gelu": _gelu,
+    "Gemm": _gemm,
+    "GlobalAveragePool": partial(_global, torch.mean),
+    "GlobalMaxPool": partial(_global, torch.amax),
+    "Greater": _plain(torch.gt),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda _, x: x * (x / 6 + 0.5).clamp(0, 1),
+    "Identity": lambda _, x: x,
+    "LeakyRelu": lambda a, x: torch.where(x < 0, a.get("alpha", 0.01) * x, x),
+    "Less": _plain(torch.lt),
+    "Log": _plain(torch.log),
+    "LogSoftmax": partial(_softmax, torch.log_softmax),
+    "MatMul": _plain(torch.matmul),
+    "Max": _all(torch.maximum),
+    "MaxPool": _max_pool,
+    "Mean": lambda _, *terms: sum(terms[1:], terms[0]) / len(terms),
+    "Min": _all(torch.minimum),
+    "Mish": _plain(functional.mish),
+    "Mul": _plain(torch.mul),
+    "Neg": _plain(torch.neg),
+    "Not": _plain(torch.logical_not),
+    "Or": _plain(torch.logical_or),
+    "PRelu": _prelu,
+    "Pad": _pad,
+    "Pow": _plain(torch.pow),
+    "QuantizeLinear": _quantize,
+    "Reciprocal": _plain(torch.reciprocal),
+    "ReduceMax": partial(_reduce, torch.amax),
+    "ReduceMean": partial(_reduce, torch.mean),
+    "ReduceMin": partial(_reduce, torch.amin),
+    "ReduceSum": partial(_reduce, torch.sum),
+    "Relu": lambda _, x: torch.relu(x),
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Selu": _plain(functional.selu),
+    "Shape": _shape,
+    "Sigmoid": _plain(torch.sigmoid),
+    "Slice": _slice,
+    "Softmax": partial(_softmax, torch.softmax),
+    "Softplus": _plain(functional.softplus),
+    "Split": _split,
+    "Sqrt": _plain(torch.sqrt),
+    "Squeeze": _squeeze,
+    "Sub": _plain(torch.sub),
+    "Sum": _all(torch.add),
+    "Tanh": _plain(torch.tanh),
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Where": _plain(torch.where),
+}

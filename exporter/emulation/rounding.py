@@ -1,0 +1,186 @@
+"""How much a node must lose in the type it is declared in: dtype, magnitudes, accumulation depth.
+
+A value y that is rounded to nearest in a type of unit roundoff u is off by at most u·|y|, evenly
+either way, so by a variance of at most (u·y)²/3. A sum of K products pᵢ is rounded after every one
+of them; if they come one after another in any order, the k-th partial sum is (k/K)·y on average and
+scatters around it with the variance k(K−k)/(K−1) of a random order, so that over all partial sums
+
+    variance of the sum  ≤  u²/3 · (K/3 · y² + K/6 · Σ pᵢ²)                    (accumulation)
+
+(with a bias b, y² is (y − b)² if b comes last, and b² + by + y² if it comes first; the larger).
+
+This is the random-walk model of N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error
+Analysis", SIAM J. Sci. Comput. 41 (2019), with the partial sums themselves in place of their bound.
+Every other order (blocks, pairs, vectors, fused multiply-adds) loses less. Sums are taken to be
+kept in float32, as every runtime here keeps them, also between halves. Added to it are
+
+    (u·y)²/3           storing the result in its declared type
+    u²/3 · Σ pᵢ²       weights that are themselves rounded, as those of a fold are
+    (sₓ·s_w)²/12       a bias that is held as a whole number of steps, as integer kernels do
+
+Moves, maxima and comparisons round nothing. A BatchNorm adds up terms that may cancel, x·k, μ·k and
+β, and is given the rounding of each. Functions such as exp or tanh are given four roundings
+of the larger of their value and 1, since libraries approximate them in many ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.emulation.operators import OPERATORS, average_windows, axes_of
+
+FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto
+ROUNDOFF = {FLOAT: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, DOUBLE: 2.0**-53}
+_STORED = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+_SINGLE = ROUNDOFF[FLOAT]
+_TINY = 2.0**-126  # float32's smallest normal number: below it, rounding is absolute
+
+# fmt: off
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+SUMS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"})
+EXACT = frozenset({
+    "Abs", "And", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "DepthToSpace",
+    "Dropout", "Equal", "Expand", "Flatten", "Floor", "Gather", "GlobalMaxPool", "Greater",
+    "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad", "QuantizeLinear",
+    "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze", "Where",
+})
+FUNCTIONS = frozenset({
+    "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Pow",
+    "Resize", "Selu", "Sigmoid", "Softmax", "Softplus", "Tanh",
+})
+BOUNDED = frozenset(OPERATORS) - LAYERS - SUMS - FUNCTIONS - {"BatchNormalization"}
+# fmt: on
+
+
+def round_to(value: Tensor, dtype: int) -> Tensor:
+    """Return the value as the type holds it; gradients pass straight through."""
+    if dtype not in _STORED or not value.is_floating_point():
+        return value
+    return value + (value.detach().to(_STORED[dtype]).double() - value).detach()
+
+
+def variance(
+    op: str,
+    attributes: Mapping[str, Any],
+    inputs: Sequence[Tensor | None],
+    output: Tensor,
+    dtype: int,
+    *,
+    bias_step: Tensor | None = None,
+) -> Tensor | None:
+    """Return the variance of one node's own rounding error, as ``output`` is shaped, or less.
+
+    None if it rounds nothing. ``dtype`` is the output's declared type; ``bias_step`` is sₓ·s_w,
+    per output channel, where a layer reads quantised inputs and weights.
+    """
+    if op in EXACT or not output.is_floating_point() or dtype not in ROUNDOFF:
+        return None
+    stored = (ROUNDOFF[dtype] * output) ** 2 / 3 + _TINY**2
+    if op in FUNCTIONS:
+        return (4 * ROUNDOFF[dtype]) ** 2 * output.abs().clamp(min=1.0) ** 2 / 3
+    if op == "BatchNormalization":
+        return stored + _of_batchnorm(attributes, *inputs)
+    if op not in LAYERS | SUMS:
+        return stored
+    count, squares = _terms(op, attributes, inputs)
+    along = (-1, *[1] * (output.ndim - 2)) if op.startswith("Conv") else (-1,)
+    bias = _bias(op, attributes, inputs, along)
+    partial = torch.maximum((output - bias) ** 2, bias**2 + bias * output + output**2)
+    summed = _SINGLE**2 / 3 * (count / 3 * partial + (count / 6 + 1) * squares + bias**2)
+    if bias_step is not None:
+        summed = summed + bias_step.reshape(along) ** 2 / 12
+    return stored + summed
+
+
+def input_variance(
+    op: str, attributes: Mapping[str, Any], inputs: Sequence[Tensor | None], dtype: int
+) -> Tensor | None:
+    """Return what a node's output varies by if its inputs were not yet rounded to ``dtype``.
+
+    A runtime may keep a half in a register, or in float32, from one node to the next.
+    """
+    x = inputs[0] if inputs else None
+    if dtype not in _STORED or x is None:
+        return None
+    if op in LAYERS | SUMS:
+        squares = _terms(op, attributes, inputs)[1]
+    elif op in ("Add", "Sub", "Sum"):
+        squares = sum((term**2 for term in inputs[1:] if term is not None), x**2)
+    elif op in ("Mul", "Div"):
+        squares = 2 * OPERATORS[op](attributes, *inputs) ** 2  # type: ignore[operator]  # one output
+    else:
+        return None
+    return ROUNDOFF[dtype] ** 2 / 3 * squares
+
+
+def _bias(
+    op: str, attributes: Mapping[str, Any], inputs: Sequence[Tensor | None], along: tuple[int, ...]
+) -> Tensor:
+    """Return what a layer adds to its products, to broadcast with its output; 0 if nothing."""
+    bias = inputs[2] if op in LAYERS and len(inputs) > 2 else None
+    if bias is None:
+        return torch.zeros(())
+    return bias.reshape(along) if op != "Gemm" else float(attributes.get("beta", 1.0)) * bias
+
+
+def _of_batchnorm(
+    attributes: Mapping[str, Any],
+    x: Tensor | None,
+    *of: Tensor | None,
+) -> Tensor:
+    """Return the variance of (x − μ)·k + β or x·k + (β − μ·k), k = γ/√(σ² + ε), whichever is run."""
+    assert x is not None
+    along = (-1, *[1] * (x.ndim - 2))
+    gamma, beta, mean, spread = (part.view(along) for part in of if part is not None)
+    k2 = gamma**2 / (spread + attributes.get("epsilon", 1e-5))
+    return _SINGLE**2 / 3 * (4 * k2 * (x**2 + mean**2) + 2 * beta**2)
+
+
+def _terms(
+    op: str,
+    attributes: Mapping[str, Any],
+    inputs: Sequence[Tensor | None],
+) -> tuple[float, Tensor]:
+    """Return K, how many products one output sums up, and Σ pᵢ²."""
+    x = inputs[0]
+    assert x is not None
+    if op in LAYERS:
+        w = inputs[1]
+        assert w is not None
+        return _layer_terms(op, attributes, x, w)
+    if op == "AveragePool":
+        total, number = average_windows(attributes, x**2)
+        return float(number.max()), total / number**2
+    if op == "GlobalAveragePool":
+        axes = tuple(range(2, x.ndim))
+    else:
+        given = inputs[1] if len(inputs) > 1 else None
+        axes = axes_of(attributes, x, given)
+    count = math.prod(x.shape[axis] for axis in axes)
+    keep = True if op == "GlobalAveragePool" else bool(attributes.get("keepdims", 1))
+    squares = (x**2).sum(dim=axes, keepdim=keep)
+    return float(count), squares / (1 if op == "ReduceSum" else count**2)
+
+
+def _layer_terms(
+    op: str, attributes: Mapping[str, Any], x: Tensor, w: Tensor
+) -> tuple[float, Tensor]:
+    # In float32: a variance needs no more digits, and convolutions are ten times as fast there.
+    top = max(float(x.abs().max()), _TINY)
+    x2, w2 = (x / top).float() ** 2, w.float() ** 2
+    squares = OPERATORS[op]({**attributes, "alpha": 1.0}, x2, w2)
+    assert isinstance(squares, Tensor)
+    if op == "Conv":
+        count = math.prod(w.shape[1:])
+    elif op == "ConvTranspose":
+        count = w.shape[0] // int(attributes.get("group", 1)) * math.prod(w.shape[2:])
+    else:
+        count = x.shape[-2 if attributes.get("transA") else -1]
+    scale = (top * float(attributes.get("alpha", 1.0))) ** 2
+    return float(count), squares.double() * scale

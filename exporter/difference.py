@@ -1,4 +1,4 @@
-"""What is different about a node of a file, in words: for a layer that was found to compute wrongly.
+"""What is different about a node of a file, in words: why a layer that computes wrongly does.
 
 Files are compared with the graph that was asked for, node by node, by the names of the tensors they
 write. This explains a wrong number; it never finds one, since two graphs may differ and compute the
@@ -94,7 +94,10 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     import onnx
 
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {k: list(v) if hasattr(v, "__len__") and not isinstance(v, bytes) else v for k, v in found.items()}
+    return {
+        k: list(v) if hasattr(v, "__len__") and not isinstance(v, bytes) else v
+        for k, v in found.items()
+    }
 
 
 def _short(value: Any) -> str:

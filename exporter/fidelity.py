@@ -82,8 +82,8 @@ def judge_outputs(
     reference: Array,
     candidate: Array,
     *,
-    exact: Array,
-    noisy: Array,
+    exact: Array | None,
+    noisy: Array | None,
     against: str,
     layers: Sequence[LayerError] = (),
     unseen: str | None = None,
@@ -91,25 +91,35 @@ def judge_outputs(
     """Return the verdict on one artefact; all arrays (samples, outputs) float64.
 
     ``reference`` is what the candidate is compared with, ``against`` its name; ``exact`` and
-    ``noisy`` are the two emulations whose distance is the noise floor. ``unseen`` says why there is
-    no comparison layer by layer.
+    ``noisy`` are the two emulations whose distance is the noise floor, None where there are none.
+    ``unseen`` says why there is no comparison, or none layer by layer.
     """
     import numpy as np
 
-    nonfinite = int((~np.isfinite(candidate)).sum() + (~np.isfinite(reference)).sum())
-    worst = max(layers, key=lambda error: error.size, default=None)
     return Fidelity(
         against=against,
         samples=len(reference),
-        error=None if nonfinite else _distance(candidate, reference),
-        floor=_distance(noisy, exact) if np.isfinite(noisy).all() else None,
+        error=distance(candidate, reference),
+        floor=None if noisy is None or exact is None else distance(noisy, exact),
         limit=LIMIT,
-        nonfinite=nonfinite,
+        nonfinite=int((~np.isfinite(candidate)).sum() + (~np.isfinite(reference)).sum()),
         layers=len(layers),
-        worst=worst,
+        worst=max(layers, key=lambda error: error.size, default=None),
         first=first_deviation(layers),
         unseen=unseen,
     )
+
+
+def distance(one: Array, other: Array) -> float | None:
+    """Return ‖one − other‖ / ‖other‖, or ‖one‖ where that is 0; None if a value is not finite."""
+    import numpy as np
+
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    scale = max(float(np.abs(other).max()), float(np.abs(one).max()), _SMALLEST)
+    size = float(np.linalg.norm(other / scale))
+    off = float(np.linalg.norm((one - other) / scale))
+    return off / size if size else off * scale
 
 
 def layer_name(asked: Emulator, step: Step) -> str:
@@ -152,9 +162,7 @@ def _error(
     )
 
 
-def _spread(
-    asked: Emulator, step: Step, inputs: Sequence[Tensor | None], want: Tensor
-) -> Tensor:
+def _spread(asked: Emulator, step: Step, inputs: Sequence[Tensor | None], want: Tensor) -> Tensor:
     """Return the standard deviation of what the node may be off by."""
     own = asked.variance(step, inputs, want)
     if own is None:  # it rounds nothing; but what it reads may have been kept wider, and be rounded
@@ -207,13 +215,3 @@ def _as_tensor(value: Array) -> Tensor:
     plain = np.asarray(value)
     wide = plain.dtype.kind in "f" or plain.dtype.itemsize == 1  # floats, and quantised values
     return torch.from_numpy(plain.astype(np.float64) if wide else plain)
-
-
-def _distance(one: Array, other: Array) -> float:
-    """Return ‖one − other‖ / ‖other‖."""
-    import numpy as np
-
-    scale = max(float(np.abs(other).max()), float(np.abs(one).max()), _SMALLEST)
-    size = float(np.linalg.norm(other / scale))
-    off = float(np.linalg.norm((one - other) / scale))
-    return off / size if size else off

@@ -28,6 +28,7 @@ from exporter.errors import BuildError, ExportError, GraphError
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
 from exporter.job import Job
+from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
 from exporter.parity import compare_outputs
 from exporter.profile import Profile
@@ -39,8 +40,8 @@ from exporter.records import (
     FoldRecord,
     Latency,
     OnnxModel,
-    Parity,
     Report,
+    Rung,
     Variant,
 )
 from exporter.reference import TorchSession
@@ -100,10 +101,10 @@ def run(
                 batch=profile.batch,
                 opset=profile.opset,
             )
-        truth = _Truth.compute(job)
-        bench = _Bench(job, truth, sessions, timed={PYTORCH: truth.pytorch})
+        truth = Truth.compute(job, folded.module)
         fold = _check_fold(job, folded, truth)
-        variants = _variants(job, source, bench)
+        bench = _Bench(job, Ladder(job, truth), sessions, timed={PYTORCH: truth.pytorch})
+        rungs, variants = _variants(job, source, bench)
         latency, doubts = _time(job, bench.timed)
         report = Report(
             schema=SCHEMA,
@@ -114,6 +115,7 @@ def run(
             calibration=job.calibration.origin if job.calibration else None,
             fold=fold,
             pytorch=truth.parities,
+            rungs=rungs,
             variants=variants,
             latency=latency,
             doubts=(*_doubts_of_accuracy(truth), *doubts),
@@ -126,34 +128,10 @@ def run(
     return report
 
 
-# ── The truth, and how far from it float32 PyTorch is ───────────────────────────────
+# ── What the figures rest on ────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    """The unfolded network's outputs in float64, on the held-out samples and on noise."""
-
-    held_out: Array
-    noise: Array
-    pytorch: TorchSession
-    parities: tuple[Parity, Parity]
-
-    @classmethod
-    def compute(cls, job: Job) -> _Truth:
-        output = job.model.output.name
-        double = TorchSession.of(job.module, output, double=True)
-        single = TorchSession.of(job.module, output)
-        held_out, noise = job.all_outputs(double, "run PyTorch in float64")
-        got = job.all_outputs(single, "run PyTorch in float32")
-        labels = job.held_out.labels
-        parities = (
-            compare_outputs(held_out, got[0], inputs=job.held_out.origin, labels=labels),
-            compare_outputs(noise, got[1], inputs=job.noise_name),
-        )
-        return cls(held_out, noise, single, parities)
-
-
-def _check_fold(job: Job, folded: Folded, truth: _Truth) -> FoldRecord:
+def _check_fold(job: Job, folded: Folded, truth: Truth) -> FoldRecord:
     """Fold again in float64: what is left between the two is rounding, or the fold is wrong."""
     with job.stage("check the fold in float64"):
         exact = fold_batchnorm(deepcopy(job.module).double(), job.example()).module
@@ -163,7 +141,7 @@ def _check_fold(job: Job, folded: Folded, truth: _Truth) -> FoldRecord:
     return FoldRecord(folded.fates, error)
 
 
-def _doubts_of_accuracy(truth: _Truth) -> tuple[str, ...]:
+def _doubts_of_accuracy(truth: Truth) -> tuple[str, ...]:
     accuracy = truth.parities[0].reference_accuracy
     if accuracy is None or accuracy >= _USEFUL:
         return ()
@@ -176,11 +154,18 @@ def _doubts_of_accuracy(truth: _Truth) -> tuple[str, ...]:
 # ── One precision after another ─────────────────────────────────────────────────────
 
 
-def _variants(job: Job, source: OnnxModel, bench: _Bench) -> tuple[Variant, ...]:
-    """Return every precision, those that cannot be made with the reason. Raises if none can."""
+def _variants(
+    job: Job, source: OnnxModel, bench: _Bench
+) -> tuple[tuple[Rung, ...], tuple[Variant, ...]]:
+    """Return PyTorch's rungs, and every precision, those that cannot be made with the reason.
+
+    Raises if none can be made.
+    """
     import onnx
 
     graph = onnx.load(source.path)
+    single = Asked.of(job, graph, "fp32")
+    rungs = bench.ladder.pytorch_rungs(single)
     statistics: Mapping[str, Any] = {}
     variants: list[Variant] = []
     errors: list[ExportError] = []
@@ -197,7 +182,9 @@ def _variants(job: Job, source: OnnxModel, bench: _Bench) -> tuple[Variant, ...]
         path = source.path.with_name(f"{job.name}.{name}.onnx")
         onnx.save(converted.model, path)
         model = source._replace(path=path, precision=name)
-        artefacts = tuple(bench.judge(model, *runtime) for runtime in job.runtimes.items())
+        is_source = converted.model is graph
+        asked = single if is_source else Asked.of(job, converted.model, name)
+        artefacts = tuple(bench.judge(model, asked, *runtime) for runtime in job.runtimes.items())
         cost = count_flops(converted.model)
         file = File.of(path, path.parent)
         variants.append(Variant(name, file, cost, converted.notes, artefacts))
@@ -205,7 +192,7 @@ def _variants(job: Job, source: OnnxModel, bench: _Bench) -> tuple[Variant, ...]
         raise errors[0]
     if "fp32" not in job.precisions:
         source.path.unlink()
-    return tuple(variants)
+    return rungs, tuple(variants)
 
 
 def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
@@ -238,11 +225,11 @@ class _Bench:
     """Builds artefacts, compares those that can run with the truth, and keeps them to be timed."""
 
     job: Job
-    truth: _Truth
+    ladder: Ladder
     open_sessions: ExitStack
     timed: dict[str, Session] = field(default_factory=dict)
 
-    def judge(self, model: OnnxModel, name: str, runtime: Runtime) -> Artefact:
+    def judge(self, model: OnnxModel, asked: Asked, name: str, runtime: Runtime) -> Artefact:
         """Build for one runtime, and compare with the truth if it can run here."""
         folder = model.path.parent
         artefact = Artefact(model.precision, name, None, targets=getattr(runtime, "targets", ()))
@@ -263,33 +250,11 @@ class _Bench:
             return artefact
         try:
             session = self.open_sessions.enter_context(runtime.open(path))
-            parity = self._compare(session, artefact)
+            judged = self.ladder.judge(artefact, runtime, path, session, asked)
         except ExportError as error:
             return msgspec.structs.replace(artefact, refused=_with_hint(error))
         self.timed[artefact.name] = session
-        return msgspec.structs.replace(artefact, parity=parity)
-
-    def _compare(self, session: Session, artefact: Artefact) -> tuple[Parity, Parity]:
-        gates = self.job.profile.precision[artefact.precision]
-        got = self.job.all_outputs(session, f"{artefact.name}: compare with PyTorch")
-        held_out, noise = self.truth.parities
-        return (
-            compare_outputs(
-                self.truth.held_out,
-                got[0],
-                inputs=held_out.inputs,
-                tolerance=gates.tolerance,
-                labels=self.job.held_out.labels,
-                noise_floor=held_out.rel_l2,
-            ),
-            compare_outputs(
-                self.truth.noise,
-                got[1],
-                inputs=noise.inputs,
-                tolerance=gates.random_tolerance,
-                noise_floor=noise.rel_l2,
-            ),
-        )
+        return judged
 
 
 # ── Latency ─────────────────────────────────────────────────────────────────────────

@@ -498,6 +498,7 @@ class Artefact(Found, frozen=True):
     refused: str | None = None
     notes: tuple[str, ...] = ()
     parity: tuple[Parity, ...] = ()
+    rung: Rung | None = None
 
     @property
     def name(self) -> str:
@@ -507,7 +508,9 @@ class Artefact(Found, frozen=True):
     def failures(self) -> tuple[str, ...]:
         if self.refused:
             return (self.refused,)
-        return tuple(failure for parity in self.parity for failure in parity.failures)
+        unfaithful = self.rung.fidelity.failures if self.rung and self.rung.fidelity else ()
+        missed = (failure for parity in self.parity for failure in parity.failures)
+        return (*unfaithful, *missed)
 
     @property
     def verdict(self) -> Verdict:
@@ -578,10 +581,16 @@ class Report(Found, frozen=True):
     calibration: str | None
     fold: FoldRecord
     pytorch: tuple[Parity, ...]
+    rungs: tuple[Rung, ...]
     variants: tuple[Variant, ...]
     latency: tuple[Latency, ...]
     doubts: tuple[str, ...]
     stages: tuple[Stage, ...]
+
+    @property
+    def ladder(self) -> tuple[Rung, ...]:
+        """Return every rung, from PyTorch in float32 down."""
+        return (*self.rungs, *(a.rung for a in self.artefacts if a.rung))
 
     @property
     def artefacts(self) -> tuple[Artefact, ...]:
@@ -590,6 +599,9 @@ class Report(Found, frozen=True):
     @property
     def failures(self) -> tuple[str, ...]:
         unmade = tuple(f"{v.precision}: {v.refused}" for v in self.variants if v.refused)
+        unmade += tuple(
+            f"{r.name}: {why}" for r in self.rungs if r.fidelity for why in r.fidelity.failures
+        )
         return unmade + tuple(f"{a.name}: {why}" for a in self.artefacts for why in a.failures)
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor
 from exporter.emulation.operators import OPERATORS
 from exporter.emulation.rounding import (
     FLOAT,
+    HALVES,
     LAYERS,
     ROUNDOFF,
     input_variance,
@@ -83,6 +84,16 @@ class Emulator:
             bias_steps=dict(_bias_steps(steps, constants)),
         )
 
+    @property
+    def rounds_to_half(self) -> bool:
+        """Whether any tensor is declared in 16 bits."""
+        return any(step.dtype in HALVES for step in self.steps)
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any tensor is rounded to integers."""
+        return any(step.op in ("QuantizeLinear", "DequantizeLinear") for step in self.steps)
+
     def run(
         self,
         feed: Mapping[str, Tensor],
@@ -130,9 +141,7 @@ class Emulator:
     ) -> Tensor | None:
         """Return the variance of what a node's own rounding adds to ``output``, or None."""
         bias_step = self.bias_steps.get(step.name)
-        return variance(
-            step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step
-        )
+        return variance(step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step)
 
     def input_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
         """Return what a layer's output varies by if its input was kept wider than declared."""
@@ -183,9 +192,7 @@ def _step(node: onnx.NodeProto, dtypes: Mapping[str, int]) -> Step:
     if node.op_type == "QuantizeLinear":
         zero = dtypes.get(node.input[2], 2) if len(node.input) > 2 else 2
         attributes["to"] = attributes.get("output_dtype") or zero
-    return Step(
-        node.name, node.op_type, attributes, tuple(node.input), tuple(node.output), dtype
-    )
+    return Step(node.name, node.op_type, attributes, tuple(node.input), tuple(node.output), dtype)
 
 
 def _tensor(proto: onnx.TensorProto) -> Tensor:

@@ -27,10 +27,11 @@ LIMITS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 6: (-(
 
 
 def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    run = (functional.conv1d, functional.conv2d, functional.conv3d)[w.ndim - 3]
+    run: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[w.ndim - 3]
     strides, dilations = _spatial(a, "strides", w), _spatial(a, "dilations", w)
     x, padding = _padded(a, x, w.shape[2:], strides, dilations)
-    return run(x, w, b, strides, padding, dilations, a.get("group", 1))
+    y: Tensor = run(x, w, b, strides, padding, dilations, a.get("group", 1))
+    return y
 
 
 def _conv_transpose(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -94,8 +95,8 @@ def _padded(
 def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     x = x.T if a.get("transA") else x
     w = w.T if a.get("transB") else w
-    y = a.get("alpha", 1.0) * (x @ w)
-    return y if b is None else y + a.get("beta", 1.0) * b
+    y = float(a.get("alpha", 1.0)) * (x @ w)
+    return y if b is None else y + float(a.get("beta", 1.0)) * b
 
 
 def _batch_norm(a: Attributes, x: Tensor, *of: Tensor) -> Tensor:
@@ -129,9 +130,10 @@ def average_windows(a: Attributes, x: Tensor) -> tuple[Tensor, Tensor]:
 
     def summed(values: Tensor) -> Tensor:
         values = values if len(kernel) > 1 else values.unsqueeze(-2)
-        run = functional.avg_pool3d if len(kernel) == 3 else functional.avg_pool2d
+        run: Any = functional.avg_pool3d if len(kernel) == 3 else functional.avg_pool2d
         wide = (kernel, strides) if len(kernel) > 1 else ([1, *kernel], [1, *strides])
-        got = run(values, *wide, 0, bool(a.get("ceil_mode", 0)), divisor_override=1)
+        ceil = bool(a.get("ceil_mode", 0))
+        got: Tensor = run(values, *wide, 0, ceil_mode=ceil, divisor_override=1)
         return got if len(kernel) > 1 else got.squeeze(-2)
 
     return summed(functional.pad(x, sides)), summed(padded)
@@ -142,7 +144,7 @@ def _average_pool(a: Attributes, x: Tensor) -> Tensor:
     return total / count
 
 
-def _global(reduce_axes: Callable[..., Tensor], a: Attributes, x: Tensor) -> Tensor:
+def _global(reduce_axes: Callable[..., Tensor], _: Attributes, x: Tensor) -> Tensor:
     return reduce_axes(x, dim=tuple(range(2, x.ndim)), keepdim=True)
 
 
@@ -171,12 +173,13 @@ def _clip(
     return x
 
 
-def _prelu(a: Attributes, x: Tensor, slope: Tensor) -> Tensor:
+def _prelu(_: Attributes, x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, slope * x, x)
 
 
 def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
-    return (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1)
+    alpha, beta = float(a.get("alpha", 0.2)), float(a.get("beta", 0.5))
+    return (alpha * x + beta).clamp(0, 1)
 
 
 def _gelu(a: Attributes, x: Tensor) -> Tensor:
@@ -316,7 +319,7 @@ def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
 def _resize(
     a: Attributes,
     x: Tensor,
-    roi: Tensor | None = None,
+    _: Tensor | None = None,
     scales: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> Tensor:
@@ -389,7 +392,7 @@ OPERATORS: dict[str, Operator] = {
     "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _dequantize,
     "Div": _plain(_divide),
-    "Dropout": lambda _, x, *rest: x,
+    "Dropout": lambda _, x, *__: x,
     "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
     "Equal": _plain(torch.eq),
     "Erf": _plain(torch.erf),

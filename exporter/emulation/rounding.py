@@ -36,7 +36,7 @@ from exporter.emulation.operators import OPERATORS, average_windows, axes_of
 
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto
 ROUNDOFF = {FLOAT: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, DOUBLE: 2.0**-53}
-_STORED = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+HALVES = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 _SINGLE = ROUNDOFF[FLOAT]
 _TINY = 2.0**-126  # float32's smallest normal number: below it, rounding is absolute
 
@@ -60,9 +60,9 @@ BOUNDED = frozenset(OPERATORS) - LAYERS - SUMS - FUNCTIONS - {"BatchNormalizatio
 
 def round_to(value: Tensor, dtype: int) -> Tensor:
     """Return the value as the type holds it; gradients pass straight through."""
-    if dtype not in _STORED or not value.is_floating_point():
+    if dtype not in HALVES or not value.is_floating_point():
         return value
-    return value + (value.detach().to(_STORED[dtype]).double() - value).detach()
+    return value + (value.detach().to(HALVES[dtype]).double() - value).detach()
 
 
 def variance(
@@ -106,7 +106,7 @@ def input_variance(
     A runtime may keep a half in a register, or in float32, from one node to the next.
     """
     x = inputs[0] if inputs else None
-    if dtype not in _STORED or x is None:
+    if dtype not in HALVES or x is None:
         return None
     if op in LAYERS | SUMS:
         squares = _terms(op, attributes, inputs)[1]
@@ -134,11 +134,11 @@ def _of_batchnorm(
     x: Tensor | None,
     *of: Tensor | None,
 ) -> Tensor:
-    """Return the variance of (x − μ)·k + β or x·k + (β − μ·k), k = γ/√(σ² + ε), whichever is run."""
+    """Return the variance of (x − μ)·k + β, or of x·k + (β − μ·k), with k = γ/√(σ² + ε)."""
     assert x is not None
     along = (-1, *[1] * (x.ndim - 2))
     gamma, beta, mean, spread = (part.view(along) for part in of if part is not None)
-    k2 = gamma**2 / (spread + attributes.get("epsilon", 1e-5))
+    k2 = gamma**2 / (spread + float(attributes.get("epsilon", 1e-5)))
     return _SINGLE**2 / 3 * (4 * k2 * (x**2 + mean**2) + 2 * beta**2)
 
 

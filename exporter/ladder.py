@@ -1,0 +1,267 @@
+"""The ladder of artefacts, each compared with the one it came from and with the top.
+
+    PyTorch float64 → PyTorch float32 → folded → ONNX FP32 → ONNX FP16, INT8 → engine
+
+`Truth` is the top, on the held-out samples and on noise. `Asked` is one graph that was asked for,
+emulated (`exporter.emulation`). `Ladder` judges one artefact after another: quality, how far its
+outputs are from the top's (`exporter.parity`), and fidelity, whether it computes the graph that was
+asked for (`exporter.fidelity`), end to end and layer by layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from exporter.contracts import Advance, Runtime, Session
+from exporter.difference import describe_difference
+from exporter.emulation import Arithmetic, Emulator, emulate
+from exporter.errors import GraphError
+from exporter.fidelity import compare_layers, distance, expose, judge_outputs
+from exporter.job import Job
+from exporter.parity import compare_outputs
+from exporter.records import Array, Artefact, Fidelity, LayerError, Parity, Rung
+from exporter.reference import TorchSession
+from exporter.samples import feeds
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+TOP, PYTORCH, FOLDED = "PyTorch float64", "PyTorch float32", "folded"
+_HELD_OUT, _NOISE = 8, 4  # samples that fidelity is judged on: it is a figure of many values each
+_LAYERED = 8  # samples whose every tensor is compared
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The unfolded network's outputs in float64, and how far float32 PyTorch is from them.
+
+    Arrays are (samples, outputs) float64; ``parities`` are on the held-out samples and on noise.
+    """
+
+    held_out: Array
+    noise: Array
+    pytorch: TorchSession
+    parities: tuple[Parity, Parity]
+    single: Array
+    folded: tuple[Array, Array]
+
+    @classmethod
+    def compute(cls, job: Job, folded: nn.Module) -> Truth:
+        """Run the network in float64 and float32, and the folded one in float32."""
+        output = job.model.output.name
+        double = TorchSession.of(job.module, output, double=True)
+        single = TorchSession.of(job.module, output)
+        held_out, noise = job.all_outputs(double, "run PyTorch in float64")
+        got = job.all_outputs(single, "run PyTorch in float32")
+        short = job.all_outputs(TorchSession.of(folded, output), "run the folded network")
+        parities = (
+            compare_outputs(
+                held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
+            ),
+            compare_outputs(noise, got[1], inputs=job.noise_name),
+        )
+        return cls(held_out, noise, single, parities, got[0], short)
+
+    def few(self, held_out: Array, noise: Array) -> Array:
+        """Return the outputs on the samples that fidelity is judged on."""
+        import numpy as np
+
+        return np.concatenate([held_out[:_HELD_OUT], noise[:_NOISE]])
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A graph that was asked for, and what it gives on a few samples, emulated.
+
+    ``reference`` is None where the graph is FP32 throughout: then it must give what PyTorch gives
+    in float64. ``emulator`` is None where a node has no emulation, and ``unseen`` names it.
+    """
+
+    model: onnx.ModelProto
+    emulator: Emulator | None
+    exact: Array | None = None
+    noisy: Array | None = None
+    reference: Array | None = None
+    against: str = TOP
+    unseen: str | None = None
+
+    @classmethod
+    def of(cls, job: Job, model: onnx.ModelProto, precision: str) -> Asked:
+        """Emulate a graph, as a stage."""
+        try:
+            emulator = Emulator.of(model)
+            runs: tuple[Arithmetic, ...] = ("exact", "noisy")
+            if emulator.rounds_to_half:
+                runs += ("rounded",)
+            count = (_HELD_OUT + _NOISE) * len(runs)
+            with job.stage(f"{precision}: emulate the graph asked for", count) as advance:
+                got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
+        except GraphError as error:
+            return cls(model, None, unseen=str(error))
+        reference, against = None, TOP
+        if emulator.rounds_to_half:
+            reference, against = got["rounded"], f"the {precision} graph with rounding emulated"
+        elif emulator.quantises:
+            reference, against = got["exact"], f"the {precision} graph in float64"
+        return cls(model, emulator, got["exact"], got["noisy"], reference, against)
+
+
+def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) -> Array:
+    import numpy as np
+
+    few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
+    batches = feeds(few, emulator.inputs[0], size=1)
+    return emulate(emulator, batches, job.model.output.name, kind, advance=advance)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Judges artefacts. ``outputs`` has every rung's on the held-out samples, from the top down."""
+
+    job: Job
+    truth: Truth
+    outputs: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.outputs[TOP] = self.truth.held_out
+        self.outputs[PYTORCH] = self.truth.single
+        self.outputs[FOLDED] = self.truth.folded[0]
+
+    def pytorch_rungs(self, source: Asked) -> tuple[Rung, Rung]:
+        """Return the two rungs in PyTorch; ``source`` is the FP32 graph made of the second."""
+        few = self.truth.few(*self.truth.folded)
+        return (
+            self._rung(PYTORCH, TOP, None),
+            self._rung(FOLDED, PYTORCH, self._fidelity(source, few, (), None)),
+        )
+
+    def judge(
+        self, artefact: Artefact, runtime: Runtime, path: Path, session: Session, asked: Asked
+    ) -> Artefact:
+        """Return the artefact with its parity and its rung.
+
+        Raises `GraphError` or `BuildError` where it cannot be compared at all.
+        """
+        what = f"{artefact.name}: compare with PyTorch"
+        held_out, noise = self.job.all_outputs(session, what)
+        layers, unseen = self._layers(artefact, runtime, path, asked)
+        fidelity = self._fidelity(asked, self.truth.few(held_out, noise), layers, unseen)
+        if fidelity.failures:
+            fidelity = msgspec.structs.replace(fidelity, cause=_cause(fidelity, path, asked))
+        above = self._above(artefact, is_engine=path.suffix != ".onnx")
+        self.outputs[artefact.name] = held_out
+        return msgspec.structs.replace(
+            artefact,
+            parity=self._parity(artefact, held_out, noise),
+            rung=self._rung(artefact.name, above, fidelity),
+        )
+
+    def _parity(self, artefact: Artefact, held_out: Array, noise: Array) -> tuple[Parity, Parity]:
+        gates = self.job.profile.precision[artefact.precision]
+        on_held_out, on_noise = self.truth.parities
+        return (
+            compare_outputs(
+                self.truth.held_out,
+                held_out,
+                inputs=on_held_out.inputs,
+                tolerance=gates.tolerance,
+                labels=self.job.held_out.labels,
+                noise_floor=on_held_out.rel_l2,
+            ),
+            compare_outputs(
+                self.truth.noise,
+                noise,
+                inputs=on_noise.inputs,
+                tolerance=gates.random_tolerance,
+                noise_floor=on_noise.rel_l2,
+            ),
+        )
+
+    def _fidelity(
+        self, asked: Asked, candidate: Array, layers: tuple[LayerError, ...], unseen: str | None
+    ) -> Fidelity:
+        top = self.truth.few(self.truth.held_out, self.truth.noise)
+        return judge_outputs(
+            top if asked.reference is None else asked.reference,
+            candidate,
+            exact=asked.exact,
+            noisy=asked.noisy,
+            against=asked.against,
+            layers=layers,
+            unseen=asked.unseen or unseen,
+        )
+
+    def _layers(
+        self, artefact: Artefact, runtime: Runtime, path: Path, asked: Asked
+    ) -> tuple[tuple[LayerError, ...], str | None]:
+        """Return each layer's own error, or why there are none."""
+        import onnx
+
+        if asked.emulator is None:
+            return (), asked.unseen
+        if path.suffix != ".onnx":
+            return (), "an engine gives its outputs alone"
+        batch = self.job.profile.batch
+        feed = self.job.feed(min(max(_LAYERED, batch.min), batch.max))
+        with TemporaryDirectory() as folder:
+            exposed = Path(folder, path.name)
+            onnx.save(expose(onnx.load(path)), exposed)
+            with (
+                self.job.stage(f"{artefact.name}: compare every layer"),
+                runtime.open(exposed) as session,
+            ):
+                found = {**feed, **session(feed)}
+                return tuple(compare_layers(asked.emulator, found)), None
+
+    def _above(self, artefact: Artefact, *, is_engine: bool) -> str:
+        """Return the rung an artefact came from: its graph in ONNX, the FP32 one, or PyTorch."""
+        same = [name for name in self.outputs if name.startswith(f"{artefact.precision} on ")]
+        first = [name for name in self.outputs if name.startswith("fp32 on ")]
+        if is_engine and same:
+            return same[0]
+        return first[0] if first and artefact.precision != "fp32" else FOLDED
+
+    def _rung(self, name: str, above: str, fidelity: Fidelity | None) -> Rung:
+        got, over, top = (self.outputs[rung] for rung in (name, above, TOP))
+        return Rung(
+            name=name,
+            above=above,
+            samples=len(got),
+            error_above=distance(got, over),
+            error_top=distance(got, top),
+            flips_above=_flips(got, over),
+            flips_top=_flips(got, top),
+            fidelity=fidelity,
+        )
+
+
+def _cause(fidelity: Fidelity, path: Path, asked: Asked) -> str | None:
+    """Return what is known of a failure's cause, in words."""
+    import onnx
+
+    if path.suffix != ".onnx":
+        return None
+    found = onnx.load(path)
+    if fidelity.first is not None:
+        return describe_difference(asked.model, found, fidelity.first.tensor)
+    if fidelity.layers:
+        return (
+            "with every tensor read out each layer is right, so it is what the runtime makes of "
+            "the graph as a whole"
+        )
+    return None
+
+
+def _flips(one: Array, other: Array) -> int | None:
+    """Return how many samples have another largest output, or None if a value is not finite."""
+    import numpy as np
+
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    return int((one.argmax(axis=1) != other.argmax(axis=1)).sum())

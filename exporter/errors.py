@@ -104,3 +104,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"known: {', '.join(known) or 'none'}"
     *others, last = map(repr, close)
     return f"did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
+
+
+def with_hint(error: ExportError) -> str:
+    """Return an error as one line of a report, with its hint."""
+    return f"{error} ({error.hint})" if error.hint else str(error)

@@ -55,12 +55,15 @@ def expose(model: onnx.ModelProto) -> onnx.ModelProto:
     return exposed
 
 
-def compare_layers(asked: Emulator, found: Mapping[str, Array]) -> Iterator[LayerError]:
+def compare_layers(
+    asked: Emulator, found: Mapping[str, Array], *, quantising: bool = False
+) -> Iterator[LayerError]:
     """Yield every node's own error, in running order, on the artefact's own tensors.
 
     ``found`` has the artefact's inputs and whatever of its tensors it gives, by the names of the
     graph asked for. A tensor that it does not give is what the graph asked for makes of those it
-    gives. Raises `GraphError` if a node cannot be emulated.
+    gives. With ``quantising`` the tensors are those of the graph before it was quantised, and a
+    layer's error may be what its steps explain. Raises `GraphError` if a node cannot be emulated.
     """
     known: Values = {name: _as_tensor(value) for name, value in found.items()}
     with torch.inference_mode():
@@ -70,7 +73,8 @@ def compare_layers(asked: Emulator, found: Mapping[str, Array]) -> Iterator[Laye
                 if name not in found:
                     known[name] = want
                 elif want.is_floating_point():
-                    yield _error(asked, step, name, inputs, want, known[name])
+                    got = known[name]
+                    yield _error(asked, step, name, inputs, want, got, quantising=quantising)
 
 
 def first_deviation(errors: Sequence[LayerError], *, limit: float = LIMIT) -> LayerError | None:
@@ -138,6 +142,8 @@ def _error(
     inputs: Sequence[Tensor | None],
     want: Tensor,
     got: Tensor,
+    *,
+    quantising: bool,
 ) -> LayerError:
     name = layer_name(asked, step)
     if got.shape != want.shape:
@@ -148,7 +154,7 @@ def _error(
     if step.op == "QuantizeLinear":
         error, spread = _quantisation(asked, step, inputs, got)
     else:
-        error, spread = got - want, _spread(asked, step, inputs, want)
+        error, spread = got - want, _spread(asked, step, inputs, want, quantising=quantising)
     own = _multiples(error, spread, bounded=step.op in BOUNDED, axis=_channels(asked, step))
     channel = int(own.argmax())
     size = float(want.square().mean().sqrt())
@@ -162,13 +168,23 @@ def _error(
     )
 
 
-def _spread(asked: Emulator, step: Step, inputs: Sequence[Tensor | None], want: Tensor) -> Tensor:
+def _spread(
+    asked: Emulator,
+    step: Step,
+    inputs: Sequence[Tensor | None],
+    want: Tensor,
+    *,
+    quantising: bool,
+) -> Tensor:
     """Return the standard deviation of what the node may be off by."""
     own = asked.variance(step, inputs, want)
     if own is None:  # it rounds nothing; but what it reads may have been kept wider, and be rounded
         own = (ROUNDOFF.get(step.dtype, ROUNDOFF[FLOAT]) * want) ** 2
-    wider = asked.input_variance(step, inputs)
-    return (own if wider is None else own + wider).sqrt()
+    wider = asked.input_variance(step, inputs)  # and so much again where weights are rounded too
+    more = [wider]
+    if quantising:
+        more += [wider, asked.quantisation_variance(step, inputs)]
+    return sum((part for part in more if part is not None), own).sqrt()
 
 
 def _quantisation(

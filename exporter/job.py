@@ -6,6 +6,7 @@ seconds and leaves nothing behind.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -59,11 +60,15 @@ class Job:
         input_shape: tuple[int, ...] | None,
         calibration: Array | Path | None,
         progress: Progress,
+        builds: bool = True,
     ) -> Job:
-        """Return the job. Raises the `ExportError` of whatever is wrong with the request."""
+        """Return the job. Raises the `ExportError` of whatever is wrong with the request.
+
+        A job that ``builds`` nothing needs no runtime that could.
+        """
         name = model if isinstance(model, str) else type(model).__name__.lower()
         chosen = load_model(model) if isinstance(model, str) else model
-        runtimes = _runtimes(profile)
+        runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
@@ -154,9 +159,9 @@ class Job:
         )
 
 
-def _runtimes(profile: Profile) -> dict[str, Runtime]:
+def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
     runtimes = {name: load_runtime(name, options) for name, options in profile.runtime.items()}
-    for name, runtime in runtimes.items():
+    for name, runtime in runtimes.items() if builds else ():
         if reason := runtime.missing("build"):
             raise RuntimeMissing(
                 f"the runtime {name!r} cannot be used here: {reason}",
@@ -175,7 +180,8 @@ def _calibration(
         origin = given.name if isinstance(given, Path) else "the given array"
         array = samples.load_array(given) if isinstance(given, Path) else given
         samples.check_calibration(array, spec, origin=origin)
-        return Samples(array, array[:0], f"{len(array)} samples of {origin}")
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
+        return Samples(array, array[:0], f"{len(array)} samples of {origin}, SHA-256 {digest}…")
     if not needed:
         return None
     wanted = profile.calibration

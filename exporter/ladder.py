@@ -16,10 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import msgspec
+import torch
 
 from exporter.contracts import Advance, Runtime, Session
 from exporter.difference import describe_difference
 from exporter.emulation import Arithmetic, Emulator, emulate
+from exporter.emulation.rounding import LAYERS
 from exporter.errors import GraphError
 from exporter.fidelity import compare_layers, distance, expose, judge_outputs
 from exporter.job import Job
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 TOP, PYTORCH, FOLDED = "PyTorch float64", "PyTorch float32", "folded"
 _HELD_OUT, _NOISE = 8, 4  # samples that fidelity is judged on: it is a figure of many values each
 _LAYERED = 8  # samples whose every tensor is compared
+_AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) 
     import numpy as np
 
     few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
-    batches = feeds(few, emulator.inputs[0], size=1)
+    batches = feeds(few, emulator.inputs[0], size=_AT_ONCE)
     return emulate(emulator, batches, job.model.output.name, kind, advance=advance)
 
 
@@ -126,6 +129,7 @@ class Ladder:
 
     job: Job
     truth: Truth
+    source: Asked
     outputs: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,12 +137,29 @@ class Ladder:
         self.outputs[PYTORCH] = self.truth.single
         self.outputs[FOLDED] = self.truth.folded[0]
 
-    def pytorch_rungs(self, source: Asked) -> tuple[Rung, Rung]:
-        """Return the two rungs in PyTorch; ``source`` is the FP32 graph made of the second."""
+    def ask(self, model: onnx.ModelProto, precision: str) -> Asked:
+        """Return the graph asked for in a precision, emulated unless it is the source itself."""
+        return self.source if model is self.source.model else Asked.of(self.job, model, precision)
+
+    def losses(self, asked: Asked) -> tuple[LayerError, ...]:
+        """Return what each weighted layer loses by itself in the graph asked for, beside FP32."""
+        if asked is self.source or asked.emulator is None or self.source.emulator is None:
+            return ()
+        feed = self.job.feed(_LAYERED)
+        inputs = {name: torch.from_numpy(value) for name, value in feed.items()}
+        every = [name for step in self.source.emulator.steps for name in step.writes]
+        with torch.inference_mode():
+            values = self.source.emulator.run(inputs, watch=every)
+        found = {**feed, **{name: value.numpy() for name, value in values.items()}}
+        errors = compare_layers(asked.emulator, found, quantising=True)
+        return tuple(error for error in errors if error.op in LAYERS)
+
+    def pytorch_rungs(self) -> tuple[Rung, Rung]:
+        """Return the two rungs in PyTorch."""
         few = self.truth.few(*self.truth.folded)
         return (
             self._rung(PYTORCH, TOP, None),
-            self._rung(FOLDED, PYTORCH, self._fidelity(source, few, (), None)),
+            self._rung(FOLDED, PYTORCH, self._fidelity(self.source, few, (), None)),
         )
 
     def judge(

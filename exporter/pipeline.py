@@ -16,17 +16,17 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from exporter import environment
 from exporter.bundle import new_bundle, write_manifest
-from exporter.calibration import calibrate
-from exporter.contracts import Converted, Model, Precision, Progress, Runtime, Session, silent
-from exporter.errors import BuildError, ExportError, GraphError
+from exporter.contracts import Model, Progress, Runtime, Session, silent
+from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
+from exporter.graphs import convert_all
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -41,12 +41,10 @@ from exporter.records import (
     Latency,
     OnnxModel,
     Report,
-    Rung,
     Variant,
 )
 from exporter.reference import TorchSession
 from exporter.renderers import markdown, record
-from exporter.samples import feeds
 from exporter.to_onnx import export_onnx
 from exporter.version import TOOL
 
@@ -81,6 +79,8 @@ def run(
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
     being written.
     """
+    import onnx
+
     job = Job.resolve(
         model,
         profile,
@@ -103,8 +103,11 @@ def run(
             )
         truth = Truth.compute(job, folded.module)
         fold = _check_fold(job, folded, truth)
-        bench = _Bench(job, Ladder(job, truth), sessions, timed={PYTORCH: truth.pytorch})
-        rungs, variants = _variants(job, source, bench)
+        graph = onnx.load(source.path)
+        ladder = Ladder(job, truth, Asked.of(job, graph, "fp32"))
+        rungs = ladder.pytorch_rungs()
+        bench = _Bench(job, ladder, sessions, timed={PYTORCH: truth.pytorch})
+        variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)
         report = Report(
             schema=SCHEMA,
@@ -155,69 +158,38 @@ def _doubts_of_accuracy(truth: Truth) -> tuple[str, ...]:
 
 
 def _variants(
-    job: Job, source: OnnxModel, bench: _Bench
-) -> tuple[tuple[Rung, ...], tuple[Variant, ...]]:
-    """Return PyTorch's rungs, and every precision, those that cannot be made with the reason.
-
-    Raises if none can be made.
-    """
+    job: Job, source: OnnxModel, graph: onnx.ModelProto, bench: _Bench
+) -> tuple[Variant, ...]:
+    """Return every precision, those that cannot be made with the reason. Raises if none can."""
     import onnx
 
-    graph = onnx.load(source.path)
-    single = Asked.of(job, graph, "fp32")
-    rungs = bench.ladder.pytorch_rungs(single)
-    statistics: Mapping[str, Any] = {}
     variants: list[Variant] = []
     errors: list[ExportError] = []
-    for name, precision in job.precisions.items():
-        try:
-            if precision.needs_statistics and not statistics:
-                statistics = _calibrate(job, graph)
-            with job.stage(f"{name}: convert"):
-                converted = _convert(precision, graph, statistics, name)
-        except GraphError as error:
-            errors.append(error)
-            variants.append(Variant(name, refused=_with_hint(error)))
+    for name, made in convert_all(job, graph):
+        if isinstance(made, ExportError):
+            errors.append(made)
+            variants.append(Variant(name, refused=with_hint(made)))
             continue
         path = source.path.with_name(f"{job.name}.{name}.onnx")
-        onnx.save(converted.model, path)
+        onnx.save(made.model, path)
         model = source._replace(path=path, precision=name)
-        is_source = converted.model is graph
-        asked = single if is_source else Asked.of(job, converted.model, name)
+        asked = bench.ladder.ask(made.model, name)
         artefacts = tuple(bench.judge(model, asked, *runtime) for runtime in job.runtimes.items())
-        cost = count_flops(converted.model)
-        file = File.of(path, path.parent)
-        variants.append(Variant(name, file, cost, converted.notes, artefacts))
+        variants.append(
+            Variant(
+                precision=name,
+                file=File.of(path, path.parent),
+                cost=count_flops(made.model),
+                notes=made.notes,
+                artefacts=artefacts,
+                losses=bench.ladder.losses(asked),
+            )
+        )
     if len(errors) == len(job.precisions):
         raise errors[0]
     if "fp32" not in job.precisions:
         source.path.unlink()
-    return rungs, tuple(variants)
-
-
-def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
-    assert job.calibration is not None  # Job.resolve saw to it
-    inputs = job.calibration.inputs
-    with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
-        return calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
-
-
-def _with_hint(error: ExportError) -> str:
-    return f"{error} ({error.hint})" if error.hint else str(error)
-
-
-def _convert(
-    precision: Precision, graph: onnx.ModelProto, statistics: Mapping[str, Any], name: str
-) -> Converted:
-    """Return the graph in one precision, known to be valid. Raises `GraphError`."""
-    import onnx
-
-    converted = precision.convert(graph, statistics)
-    try:
-        onnx.checker.check_model(converted.model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GraphError(f"the {name} graph is not valid ONNX: {error}") from error
-    return converted
+    return tuple(variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +210,7 @@ class _Bench:
             with self.job.stage(f"{artefact.name}: build"):
                 path = runtime.build(model, folder)
         except BuildError as error:
-            return msgspec.structs.replace(artefact, refused=_with_hint(error))
+            return msgspec.structs.replace(artefact, refused=with_hint(error))
         artefact = msgspec.structs.replace(
             artefact,
             file=File.of(path, folder),
@@ -252,7 +224,7 @@ class _Bench:
             session = self.open_sessions.enter_context(runtime.open(path))
             judged = self.ladder.judge(artefact, runtime, path, session, asked)
         except ExportError as error:
-            return msgspec.structs.replace(artefact, refused=_with_hint(error))
+            return msgspec.structs.replace(artefact, refused=with_hint(error))
         self.timed[artefact.name] = session
         return judged
 

@@ -523,6 +523,8 @@ class Artefact(Found, frozen=True):
 class Variant(Found, frozen=True):
     """One precision: its graph, what that graph costs, and what each runtime made of it.
 
+    ``losses`` has each layer's own loss by the conversion, from inputs in FP32, in multiples of
+    what the precision must lose there (above 4 it loses more, say because values are clipped).
     ``refused`` says why the graph could not be stored in this precision.
     """
 
@@ -531,6 +533,7 @@ class Variant(Found, frozen=True):
     cost: Cost | None = None
     notes: tuple[str, ...] = ()
     artefacts: tuple[Artefact, ...] = ()
+    losses: tuple[LayerError, ...] = ()
     refused: str | None = None
 
 

@@ -62,7 +62,7 @@ class Emulator:
     steps: tuple[Step, ...]
     constants: Mapping[str, Tensor]
     dtypes: Mapping[str, int]
-    bias_steps: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Emulator:
@@ -81,7 +81,7 @@ class Emulator:
             steps=steps,
             constants=constants,
             dtypes=dtypes,
-            bias_steps=dict(_bias_steps(steps, constants)),
+            scales=dict(_scales(steps, constants)),
         )
 
     @property
@@ -111,8 +111,8 @@ class Emulator:
         for i, step in enumerate(self.steps):
             inputs = [self.value(name, values) for name in step.reads]
             if arithmetic == "noisy" and step.op == "QuantizeLinear" and inputs[0] is not None:
-                error = ROUNDOFF[FLOAT] * inputs[0].abs() / 3**0.5  # of the division by the scale
-                inputs[0] = inputs[0] + error * _noise(inputs[0], generator)
+                off = ROUNDOFF[FLOAT] * inputs[0].abs() / 3**0.5  # of the division by the scale
+                inputs[0] = inputs[0] + off * _noise(inputs[0], generator)
             for name, value in self.compute(step, inputs).items():
                 if arithmetic == "rounded":
                     value = round_to(value, step.dtype)
@@ -140,8 +140,32 @@ class Emulator:
         self, step: Step, inputs: Sequence[Tensor | None], output: Tensor
     ) -> Tensor | None:
         """Return the variance of what a node's own rounding adds to ``output``, or None."""
-        bias_step = self.bias_steps.get(step.name)
+        bias_step = None
+        if step.op in LAYERS and all(name in self.scales for name in step.reads[:2]):
+            bias_step = self.scales[step.reads[0]] * self.scales[step.reads[1]]
         return variance(step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step)
+
+    def quantisation_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
+        """Return what a layer's output varies by from its input's and weights' quantisation.
+
+        A value in steps of s is off by s²/12: Σ w²·sₓ²/12 + Σ x²·s_w²/12. None where neither is.
+        """
+        if step.op not in LAYERS:
+            return None
+        x, w = inputs[0], inputs[1]
+        assert x is not None
+        assert w is not None
+        found = None
+        for index, (name, value) in enumerate(zip(step.reads[:2], (x, w), strict=True)):
+            if name in self.scales:
+                scale = self.scales[name]
+                along = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.numel() > 1 else scale
+                steps = along**2 / 12 * torch.ones_like(value)
+                terms = (steps, w**2) if index == 0 else (x**2, steps)
+                part = OPERATORS[step.op](step.attributes, *terms)
+                assert isinstance(part, Tensor)
+                found = part if found is None else found + part
+        return found
 
     def input_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
         """Return what a layer's output varies by if its input was kept wider than declared."""
@@ -175,7 +199,9 @@ def emulate(
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    """Return errors of variance 1, evenly spread as rounding's are; drawn in float32, for speed."""
+    even = torch.rand(like.shape, generator=generator)
+    return (even - 0.5).double() * 12**0.5
 
 
 def _step(node: onnx.NodeProto, dtypes: Mapping[str, int]) -> Step:
@@ -205,19 +231,11 @@ def _tensor(proto: onnx.TensorProto) -> Tensor:
     return torch.from_numpy(np.array(value, dtype=np.float64))
 
 
-def _bias_steps(
-    steps: Sequence[Step], constants: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield sₓ·s_w for each layer whose input and weights are both dequantised, by its name."""
-    scales = {
-        step.writes[0]: constants[step.reads[1]]
-        for step in steps
-        if step.op == "DequantizeLinear" and step.reads[1] in constants
-    }
+def _scales(steps: Sequence[Step], constants: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each dequantised tensor and the scale of its steps."""
     for step in steps:
-        if step.op in LAYERS and all(name in scales for name in step.reads[:2]):
-            x, w = (scales[name] for name in step.reads[:2])
-            yield step.name, x * w
+        if step.op == "DequantizeLinear" and step.reads[1] in constants:
+            yield step.writes[0], constants[step.reads[1]]
 
 
 __all__ = ["Arithmetic", "Emulator", "Step", "Values", "emulate"]

@@ -1,0 +1,53 @@
+"""The graphs that were asked for: the FP32 one in every precision of a job, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from exporter.calibration import calibrate
+from exporter.contracts import Converted, Precision
+from exporter.errors import GraphError
+from exporter.job import Job
+from exporter.samples import feeds
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Converted | GraphError]]:
+    """Yield each precision's name and graph, or why there is none; ``graph`` is left as it was.
+
+    Calibration runs once, before the first precision that needs it.
+    """
+    statistics: Mapping[str, Any] = {}
+    for name, precision in job.precisions.items():
+        try:
+            if precision.needs_statistics and not statistics:
+                statistics = _calibrate(job, graph)
+            with job.stage(f"{name}: convert"):
+                made: Converted | GraphError = _convert(precision, graph, statistics, name)
+        except GraphError as error:
+            made = error
+        yield name, made
+
+
+def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
+    assert job.calibration is not None  # Job.resolve saw to it
+    inputs = job.calibration.inputs
+    with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
+        return calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+
+
+def _convert(
+    precision: Precision, graph: onnx.ModelProto, statistics: Mapping[str, Any], name: str
+) -> Converted:
+    """Return the graph in one precision, known to be valid. Raises `GraphError`."""
+    import onnx
+
+    converted = precision.convert(graph, statistics)
+    try:
+        onnx.checker.check_model(converted.model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GraphError(f"the {name} graph is not valid ONNX: {error}") from error
+    return converted

@@ -1,0 +1,193 @@
+"""A bundle, compared once more with the network it was made from: ``resnet-export parity``.
+
+The graphs that were asked for are made anew, from the network, its weights and the bundle's own
+profile, and never read from the bundle. So whatever was done to its files since, or wherever they
+run now, what they compute is held against what they should.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import msgspec
+import onnx
+
+from exporter import environment
+from exporter.bundle import Manifest, read_manifest
+from exporter.contracts import Converted, Model, Progress, silent
+from exporter.errors import ExportError, GraphError, InputRefused, with_hint
+from exporter.fold import fold_batchnorm
+from exporter.graphs import convert_all
+from exporter.job import Job
+from exporter.ladder import Asked, Ladder, Truth
+from exporter.parity import check_same_interface
+from exporter.profile import load_profile
+from exporter.records import Array, Artefact, File, Report, Variant
+from exporter.renderers import record
+from exporter.runtimes._graph import read_graph
+from exporter.to_onnx import export_onnx
+
+
+
+def check_bundle(
+    folder: Path,
+    *,
+    model: Model | None = None,
+    weights: Path | None = None,
+    calibration: Array | Path | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Return the bundle's report with parity and fidelity measured anew; nothing is written.
+
+    ``model``, ``weights`` and ``calibration`` are what the bundle was exported with, where they
+    were not the built-in ones. The result has no latencies.
+
+    Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
+    not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
+    another interface fails its artefact alone.
+    """
+    manifest, before = _read(folder)
+    job = Job.resolve(
+        model or before.source.model,
+        load_profile(folder / "profile.toml"),
+        weights=weights,
+        input_shape=before.source.input.shape,
+        calibration=calibration,
+        progress=progress,
+        builds=False,
+    )
+    _check_sources(job, before)
+    changed = _changed(folder, manifest)
+    with job.stage("fold BatchNorm"):
+        folded = fold_batchnorm(job.module, job.example()).module
+    with TemporaryDirectory() as scratch, job.threads():
+        with job.stage("export to ONNX again"):
+            source = export_onnx(
+                folded,
+                Path(scratch, f"{job.name}.fp32.onnx"),
+                input=job.input,
+                output=job.model.output,
+                batch=job.profile.batch,
+                opset=job.profile.opset,
+            )
+        graph = onnx.load(source.path)
+    with job.threads():
+        ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
+        rungs = ladder.pytorch_rungs()
+        made = dict(convert_all(job, graph))
+        variants = tuple(
+            _recheck(_Bundle(job, folder, changed, ladder), variant, made[variant.precision])
+            for variant in before.variants
+        )
+    return msgspec.structs.replace(
+        before,
+        environment=environment.capture(),
+        pytorch=ladder.truth.parities,
+        rungs=rungs,
+        variants=variants,
+        latency=(),
+        doubts=tuple(f"{name} is not the file that the manifest lists" for name in sorted(changed)),
+        stages=tuple(job.stages),
+    )
+
+
+def _read(folder: Path) -> tuple[Manifest, Report]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputRefused(
+            f"{str(folder)!r} is not a bundle: it has no readable manifest.json",
+            hint="name the folder that --out named",
+        )
+    try:
+        return manifest, record.parse((folder / "report.json").read_bytes())
+    except OSError as error:
+        raise InputRefused(f"{folder.name}/report.json: {error.strerror}") from error
+
+
+def _check_sources(job: Job, before: Report) -> None:
+    """Raise `InputRefused` unless the network's weights and samples are those of the bundle."""
+    wanted, found = before.source.weights_sha256, job.weights_sha256
+    if wanted != found:
+        raise InputRefused(
+            f"the bundle was made from weights {before.source.weights!r} of SHA-256 "
+            f"{wanted[:12]}…, and {job.weights.name!r} has {found[:12]}…",
+            hint="give the same file with --weights",
+        )
+    calibrated = job.calibration.origin if job.calibration else None
+    if before.calibration != calibrated:
+        raise InputRefused(
+            f"the bundle was calibrated on {before.calibration}, and this would be on {calibrated}",
+            hint="give the same file with --calibration",
+        )
+
+
+def _changed(folder: Path, manifest: Manifest) -> set[str]:
+    """Return the files of the manifest that are missing, or not what they were."""
+    changed = set()
+    for file in manifest.files:
+        path = folder / file.name
+        if not path.is_file() or File.of(path, folder) != file:
+            changed.add(file.name)
+    return changed
+
+
+class _Bundle(NamedTuple):
+    """A bundle's files, and the ladder they are held against."""
+
+    job: Job
+    folder: Path
+    changed: set[str]
+    ladder: Ladder
+
+
+def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -> Variant:
+    """Return one precision, each of its artefacts compared anew."""
+    if isinstance(made, ExportError):
+        return msgspec.structs.replace(variant, refused=with_hint(made))
+    asked = bundle.ladder.ask(made.model, variant.precision)
+    artefacts = tuple(_judge(bundle, artefact, asked) for artefact in variant.artefacts)
+    return msgspec.structs.replace(
+        variant, artefacts=artefacts, losses=bundle.ladder.losses(asked), notes=made.notes
+    )
+
+
+def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
+    """Return one artefact, compared anew, or with the reason why it cannot be."""
+    artefact = msgspec.structs.replace(before, parity=(), rung=None, refused=None, not_run=None)
+    runtime = bundle.job.runtimes[artefact.runtime]
+    if before.file is None:  # it was refused when the bundle was made
+        return before
+    path = bundle.folder / before.file.name
+    if reason := runtime.missing("run"):
+        return msgspec.structs.replace(artefact, not_run=reason)
+    try:
+        _check_file(bundle, path)
+        with runtime.open(path) as session:
+            return bundle.ladder.judge(artefact, runtime, path, session, asked)
+    except ExportError as error:
+        return msgspec.structs.replace(artefact, refused=with_hint(error))
+
+
+def _check_file(bundle: _Bundle, path: Path) -> None:
+    """Raise `GraphError` for a file that is gone, or that cannot be what was asked for.
+
+    An engine is a program, so one that has changed is not loaded.
+    """
+    name = path.relative_to(bundle.folder).as_posix()
+    if not path.is_file():
+        raise GraphError(f"{name}: the bundle lacks this file")
+    if path.suffix == ".onnx":
+        check_same_interface(
+            read_graph(path),
+            name,
+            input=bundle.job.input,
+            output=bundle.job.model.output,
+            dtypes=("float32", "float16"),
+        )
+    elif name in bundle.changed:
+        raise GraphError(
+            f"{name} was changed after the bundle was made, and an engine is a program, so it is "
+            "not loaded"
+        )

@@ -16,9 +16,10 @@ with 0.2 % lost and 0.83 % gained, in 90.7 % of all experiments. So the bound is
 that order (R. Buehler, J. Am. Stat. Assoc. 52, 1957; for pairs: C. Lloyd, M. Moldovan, Statistics
 in Medicine 26, 2007, 3369–3384):
 
-    upper = max Δ with P(an outcome that ranks no worse than (b, c); Δ, p_gained) > 0.05
+    upper = max Δ with P(an outcome that ranks no worse than (b, c); Δ, p_gained) > 0.05 − γ
 
-over every p_gained. The lower bound is the upper one of the gain, negated.
+over every p_gained in its own interval of confidence 1 − γ, γ = 10⁻⁶ (R. Berger, D. Boos, J. Am.
+Stat. Assoc. 89, 1994). The lower bound is the upper one of the gain, negated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 DOUBT = 0.05  # the chance that a bound may be wrong
 _Z = 1.6448536269514722  # Φ⁻¹(1 − DOUBT)
 _WINDOW = 10.0  # standard deviations beyond which a binomial's outcomes weigh nothing
-_FINE = 32  # points to look at about the worst rate found
+_NEAR = 1e-5  # of one sample: differences between drops below it do not matter
+_FAR = 1e-6  # of DOUBT: for rates of gain that what was seen makes implausible
+_PASSES, _COARSE, _FINE = 3, 64, 24  # looks for the worst rate: points in the first, in the others
 
 
 class Shown(NamedTuple):
@@ -178,28 +181,39 @@ def _largest_drop(lost: int, gained: int, samples: int) -> float:
         return 1.0
     least = _least_gained(lost, gained, samples)
     largest, worst = (lost - gained) / samples, math.sqrt(gained / samples)
-    coarse = np.linspace(0.0, 1.0, 4 * math.isqrt(samples) + 8)
-    for step in (1.0, coarse[1]):
-        roots = coarse if step == 1.0 else worst + np.linspace(-step, step, _FINE)
+    low, high = _plausible(gained, samples)
+    roots = np.linspace(math.sqrt(low), math.sqrt(high), _COARSE)
+    for _ in range(_PASSES):
+        step = float(roots[1] - roots[0])
         for root in roots[(roots >= 0.0) & (roots < 1.0)]:
             found = _drop_at(least, float(root) ** 2, largest, samples)
             if found > largest:
                 largest, worst = found, float(root)
+        roots = worst + np.linspace(-step, step, _FINE)
     return largest
 
 
 def _drop_at(least: Array, gain: float, known: float, samples: int) -> float:
-    """Return the largest drop above ``known`` that is not excluded at one rate of gain."""
-    inside, outside = max(gain + known, 0.0), 1.0 - gain
-    if inside >= outside or _chance(least, inside, gain, samples) <= DOUBT:
+    """Return the largest drop that one rate of gain does not exclude, or ``known`` if that is."""
+    near = _NEAR / samples
+    inside, outside = max(gain + known + near, 0.0), 1.0 - gain
+    if inside >= outside or _chance(least, inside, gain, samples) <= DOUBT - _FAR:
         return known
-    while outside - inside > 1e-11:
+    while outside - inside > near / 10:
         middle = (inside + outside) / 2
-        if _chance(least, middle, gain, samples) > DOUBT:
+        if _chance(least, middle, gain, samples) > DOUBT - _FAR:
             inside = middle
         else:
             outside = middle
     return outside - gain
+
+
+def _plausible(hits: int, samples: int) -> tuple[float, float]:
+    """Return between which rates ``hits`` lie, all but surely."""
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(hits, samples - hits + 1, _FAR / 2)) if hits else 0.0
+    return low, float(betaincinv(hits + 1, samples - hits, 1 - _FAR / 2)) if hits < samples else 1.0
 
 
 def _least_gained(lost: int, gained: int, samples: int) -> Array:

@@ -108,8 +108,10 @@ def drop(parity: Parity) -> str:
 
 def margin(parity: Parity) -> str:
     """Return how much of its decision margin the worst sample has used up."""
-    used = parity.margin_used
-    said = [] if used is None else [f"{used:.1%}" if used < 10 else "more than 1000%"]
+    used, said = parity.margin_used, []
+    if used is not None:
+        said = [f"{100 * used:.2g}%" if used < 0.995 else f"{min(used, 10):.0%}"]
+        said = [f"{said[0]} or more"] if used > 10 else said
     said += [f"{parity.undecided} undecided"] if parity.undecided else []
     return ", ".join(said)
 

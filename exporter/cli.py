@@ -21,9 +21,9 @@ from exporter.version import __version__
 if TYPE_CHECKING:
     from exporter.contracts import Advance, Progress
 
-EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed or one of
-several artefacts could not be made, 2 usage, 3 input refused, 4 environment unfit, 5 disk or memory
-does not suffice, 130 interrupted, 143 terminated."""
+EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, or could
+not be shown to be met, or one of several artefacts could not be made, 2 usage, 3 input refused, 4
+environment unfit, 5 disk or memory does not suffice, 130 interrupted, 143 terminated."""
 
 
 class Failure(click.ClickException):
@@ -131,7 +131,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     if asked["precision"]:
         profile = profile.only(tuple(_split(asked["precision"])))
     report = _export(profile, asked)
-    ctx.exit(1 if report.verdict == "fail" else 0)
+    ctx.exit(1 if report.verdict in ("fail", "not enough evidence") else 0)
 
 
 @main.command()

@@ -9,7 +9,7 @@
     ├── BuildError      4  a runtime refused the graph
     ├── OutputError     5  the bundle could not be written
     ├── OutOfMemory     5  what was asked for does not fit into this machine's memory
-    └── ParityError     1  outputs differ from PyTorch's by more than the profile allows
+    └── ParityError     1  outputs differ by more than the profile allows, or may well do
 
 Anything else that escapes is a bug, and looks like one.
 """
@@ -90,7 +90,7 @@ class OutOfMemory(ExportError):
 
 
 class ParityError(ExportError):
-    """Outputs differ from PyTorch's by more than the profile allows."""
+    """Outputs differ by more than the profile allows, or are not shown not to."""
 
     exit_code = 1
 

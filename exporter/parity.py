@@ -1,4 +1,4 @@
-"""Whether the candidate still computes what PyTorch computes.
+"""How far a candidate is from what PyTorch computes, and whether the two can be compared at all.
 
 `exporter.records.Parity` has the formulas. Both sides' outputs are compared in float64; a value
 that is not finite, on either side, is a failure whatever the other figures say, since argmax of
@@ -7,11 +7,15 @@ NaN "agrees" with argmax of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING
 
 from exporter.contracts import Advance
 from exporter.errors import GraphError
-from exporter.records import Array, Feed, Outputs, Parity, Tolerance
+from exporter.records import Array, Feed, Outputs, Parity, TensorSpec, Tolerance
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def collect_outputs(
@@ -26,19 +30,76 @@ def collect_outputs(
 
     What comes back is float64; ``advance`` is called after each feed.
 
-    Raises `GraphError` if the session has no output of that name.
+    Raises `GraphError` if the session has no output of that name, or one without a row for each
+    sample of the batch, each as long as those before it.
     """
     import numpy as np
 
-    parts = []
+    parts: list[Array] = []
     for feed in feeds:
         found = session(feed)
         if output not in found:
             raise GraphError(f"no output named {output!r}, only {', '.join(map(repr, found))}")
         value = np.asarray(found[output], dtype=np.float64)
-        parts.append(value.reshape(len(value), -1))
+        size = len(next(iter(feed.values())))
+        if value.shape[:1] != (size,) or not value.size:
+            raise GraphError(f"the output {output!r} is {value.shape} for a batch of {size}")
+        parts.append(value.reshape(size, -1))
+        if parts[-1].shape[1:] != parts[0].shape[1:]:
+            raise GraphError(
+                f"the output {output!r} has {parts[-1].shape[1]} values a sample, and had "
+                f"{parts[0].shape[1]} before"
+            )
         advance()
     return np.concatenate(parts)[:samples]
+
+
+def check_same_interface(
+    graph: onnx.GraphProto,
+    name: str,
+    *,
+    input: TensorSpec,
+    output: TensorSpec,
+    dtypes: Collection[str] = ("float32",),
+) -> None:
+    """Raise `GraphError` unless a graph declares the reference's input and output, and no others.
+
+    The batch axis may be free or fixed, and the type is one of ``dtypes``; ``name`` is the graph's
+    in the error.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    taken = [value for value in graph.input if value.name not in stored]
+    for verb, values, spec in (("takes", taken, input), ("gives", list(graph.output), output)):
+        found = " and ".join(_declared(value) for value in values) or "nothing"
+        wanted = {_named(spec.name, ("N", *map(str, spec.shape)), dtype) for dtype in dtypes}
+        if found not in wanted:
+            reference = _named(spec.name, ("N", *map(str, spec.shape)), spec.dtype)
+            raise GraphError(f"{name} {verb} {found}, and the reference {verb} {reference}")
+
+
+def _declared(value: onnx.ValueInfoProto) -> str:
+    """Return a graph's input or output in words, with N for its batch axis whatever that is."""
+    import onnx
+
+    if not value.type.HasField("tensor_type"):
+        return f"{value.name!r}, which is no tensor"
+    tensor = value.type.tensor_type
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    if not tensor.HasField("shape"):
+        return f"{value.name!r} of unknown shape"
+    axes = [
+        str(axis.dim_value) if axis.HasField("dim_value") else axis.dim_param or "?"
+        for axis in tensor.shape.dim
+    ]
+    return _named(
+        value.name,
+        ("N", *axes[1:]) if axes else ("no axes",),
+        {"float": "float32", "double": "float64"}.get(kind, kind),
+    )
+
+
+def _named(name: str, axes: Iterable[str], dtype: str) -> str:
+    return f"{name!r} {'×'.join(axes)} {dtype}"
 
 
 def compare_outputs(
@@ -52,8 +113,9 @@ def compare_outputs(
 ) -> Parity:
     """Return the distance between two arrays of outputs, both (samples, outputs).
 
-    ``labels`` (samples,) adds accuracy; ``noise_floor``, float32 PyTorch's own relative error,
-    adds the error as a multiple of it. Raises `GraphError` if the shapes differ or are empty.
+    ``labels`` (samples,) adds accuracy; without them, say on noise, one class alone is no lack.
+    ``noise_floor``, float32 PyTorch's own relative error, adds the error as a multiple of it.
+    Raises `GraphError` if the shapes differ or are empty.
     """
     import numpy as np
 
@@ -65,21 +127,31 @@ def compare_outputs(
         raise GraphError(f"cannot compare {len(want)} samples with labels of shape {labels.shape}")
     bad_want, bad_got = (int((~np.isfinite(side)).sum()) for side in (want, got))
     finite = not (bad_want or bad_got)
-    largest_want, largest_got = want.argmax(axis=1), got.argmax(axis=1)
-
-    def share(hits: Array) -> float | None:
-        return float(hits.mean()) if finite else None
-
+    top_want, top_got = want.argmax(axis=1), got.argmax(axis=1)
+    undecided = _undecided(want)
+    same = (top_want == top_got) & ~undecided
+    told = finite and labels is not None
+    right, still = top_want == labels, top_got == labels
     return Parity(
         inputs=inputs,
         samples=len(want),
         max_abs=float(np.abs(want - got).max()) if finite else None,
         rel_l2=_relative_error(want, got) if finite else None,
         cosine=_smallest_cosine(want, got) if finite else None,
-        agreement=share(largest_want == largest_got),
-        accuracy=None if labels is None else share(largest_got == labels),
-        reference_accuracy=None if labels is None else share(largest_want == labels),
+        margin_used=_margin_used(want, got) if finite else None,
         noise_floor=noise_floor,
+        agreeing=int(same.sum()) if finite else None,
+        undecided=int(undecided.sum()),
+        classes=len(np.unique(top_want)),
+        labels=None if labels is None else len(np.unique(labels)),
+        reference_correct=int(right.sum()) if told else None,
+        lost=int((right & ~still).sum()) if told else None,
+        gained=int((still & ~right).sum()) if told else None,
+        constant=tuple(
+            who
+            for who, side in (("reference", want), ("candidate", got))
+            if len(side) > 1 and (side == side[0]).all()
+        ),
         nonfinite_reference=bad_want,
         nonfinite_candidate=bad_got,
         tolerance=tolerance,
@@ -109,3 +181,31 @@ def _smallest_cosine(want: Array, got: Array) -> float:
     cosines = np.einsum("ij,ij->i", unit(want), unit(got))
     cosines[(want == got).all(axis=1)] = 1.0
     return float(cosines.min())
+
+
+def _undecided(want: Array) -> Array:
+    """Return which samples have their largest output more than once."""
+    largest: Array = want == want.max(axis=1, keepdims=True)
+    twice: Array = largest.sum(axis=1) > 1
+    return twice
+
+
+def _margin_used(want: Array, got: Array) -> float | None:
+    """Return the largest share of a decision margin that error has used up, if one is decided.
+
+    What is too large to be told is the largest float.
+    """
+    import numpy as np
+
+    want, got = want / 4, got / 4  # so that no difference overflows
+    decided = ~_undecided(want)
+    if want.shape[1] < 2 or not decided.any():
+        return None
+    want, got = want[decided], got[decided]
+    top = want.argmax(axis=1)[:, None]
+    before = np.take_along_axis(want, top, axis=1) - want
+    after = np.take_along_axis(got, top, axis=1) - got
+    with np.errstate(over="ignore", invalid="ignore"):  # of the largest with itself it is 0 / 0
+        used = (before - after) / before
+    np.put_along_axis(used, top, -np.inf, axis=1)
+    return float(np.nan_to_num(used).max())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from exporter import evidence
 from exporter.errors import ParityError
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 Outputs: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 Array: TypeAlias = "npt.NDArray[Any]"
-Verdict: TypeAlias = Literal["pass", "fail", "not checked"]
+Verdict: TypeAlias = Literal["pass", "fail", "not enough evidence", "not checked"]
 
 MOST_THREADS = 256
-SCHEMA = 1  # of report.json and manifest.json; history: 1, November 2026, the first
+# Of report.json and manifest.json. History: 1, the first; 2, counts of samples in place of shares.
+SCHEMA = 2
 
 
 class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,7 +132,9 @@ class Tolerance(Asked, frozen=True, omit_defaults=True):
     """How far a candidate may be from float64 PyTorch. A bound left out is not checked.
 
     ``max_abs``, ``rel_l2``, ``noise_multiple`` and ``accuracy_drop`` are upper bounds; ``sqnr_db``,
-    ``cosine`` and ``agreement`` are lower ones. `Parity` says what each figure is.
+    ``cosine`` and ``agreement`` are lower ones. `Parity` says what each figure is. ``agreement``
+    and ``accuracy_drop`` speak of all inputs there could be, so they are met where the samples
+    prove it, and missed where the samples prove that.
     """
 
     max_abs: float | None = None
@@ -143,7 +147,7 @@ class Tolerance(Asked, frozen=True, omit_defaults=True):
 
     UPPER: ClassVar[tuple[str, ...]] = ("max_abs", "rel_l2", "noise_multiple", "accuracy_drop")
     LOWER: ClassVar[tuple[str, ...]] = ("sqnr_db", "cosine", "agreement")
-    FRACTIONS: ClassVar[tuple[str, ...]] = ("accuracy_drop", "agreement")
+    SHARES: ClassVar[tuple[str, ...]] = ("accuracy_drop", "agreement")
 
     def __post_init__(self) -> None:
         for name, bound in self.bounds().items():
@@ -151,10 +155,20 @@ class Tolerance(Asked, frozen=True, omit_defaults=True):
                 raise ValueError(f"{name} must be a finite number, found {bound}")
             if name in self.UPPER and bound < 0:
                 raise ValueError(f"{name} must be 0 or more, found {bound}")
-            if name in self.FRACTIONS and not 0 <= bound <= 1:
-                raise ValueError(f"{name} is a fraction from 0 to 1, found {bound}")
+            if name in self.SHARES and not 0 <= bound <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, found {bound}")
             if name == "cosine" and not -1 <= bound <= 1:
                 raise ValueError(f"cosine lies from -1 to 1, found {bound}")
+        if self.agreement == 1:
+            raise ValueError(
+                "agreement must be below 1, since no number of samples proves that all agree, "
+                f"found {self.agreement}"
+            )
+        if self.accuracy_drop == 0:
+            raise ValueError(
+                "accuracy_drop must be above 0, since no number of samples proves that none is "
+                f"lost, found {self.accuracy_drop}"
+            )
 
     def bounds(self) -> dict[str, float]:
         """Return the bounds that are set, by name."""
@@ -207,18 +221,26 @@ class Fate(Found, frozen=True):
 class Parity(Found, frozen=True):
     """The distance between two things that should compute the same.
 
-    With r the reference's outputs, y the candidate's, both (samples, outputs), in float64:
+    With r the reference's outputs, y the candidate's, both (samples, outputs), in float64, and
+    t a sample's largest output in r:
 
         max_abs         max |y − r|
         rel_l2          ‖y − r‖ / ‖r‖, over all samples at once
         sqnr_db         −20 log₁₀ rel_l2, the signal-to-quantisation-noise ratio in dB
         cosine          the smallest cosine similarity of one sample's y and r
-        agreement       the share of samples with the same largest output
-        agreement_proven  what the samples prove of it: the one-sided 95 % lower bound of
-                        C. Clopper, E. Pearson (1934), B⁻¹(0.05; k, n − k + 1) for k of n
-        accuracy        the share of samples whose largest output is the label
-        accuracy_drop   the reference's accuracy − the candidate's
+        margin_used     max ((yⱼ − yₜ) − (rⱼ − rₜ)) / (rₜ − rⱼ) over j ≠ t and all samples: how much
+                        of its decision margin the worst sample has used up; from 1 on it flips
         noise_multiple  rel_l2 / noise_floor, with noise_floor = float32 PyTorch's own rel_l2
+        agreement       the share of samples with the same largest output, of those decided
+        accuracy        the share of samples whose largest output is the label
+        accuracy_drop   the reference's accuracy − the candidate's, (lost − gained) / samples
+
+    What the samples prove with 95 % confidence is between ``agreement_proven`` and
+    ``agreement_possible``, and within ``accuracy_drop_bounds``; `exporter.evidence` has the
+    formulas. ``undecided`` samples have their largest output in r more than once, and may agree
+    or not. ``lost`` samples the reference alone labels right, ``gained`` ones the candidate alone.
+    ``classes`` and ``labels`` count the different t and the different labels; ``constant`` names
+    a side whose output is the same for every sample.
 
     Figures are None where a value is not finite or where there is nothing to compute them from.
     """
@@ -228,10 +250,16 @@ class Parity(Found, frozen=True):
     max_abs: float | None
     rel_l2: float | None
     cosine: float | None
-    agreement: float | None
-    accuracy: float | None
-    reference_accuracy: float | None
+    margin_used: float | None
     noise_floor: float | None
+    agreeing: int | None
+    undecided: int
+    classes: int
+    labels: int | None
+    reference_correct: int | None
+    lost: int | None
+    gained: int | None
+    constant: tuple[str, ...]
     nonfinite_reference: int
     nonfinite_candidate: int
     tolerance: Tolerance
@@ -251,24 +279,43 @@ class Parity(Found, frozen=True):
         return self.rel_l2 / self.noise_floor
 
     @property
-    def accuracy_drop(self) -> float | None:
-        if self.accuracy is None or self.reference_accuracy is None:
-            return None
-        hits, reference = (
-            round(share * self.samples) for share in (self.accuracy, self.reference_accuracy)
-        )
-        return (reference - hits) / self.samples
+    def agreement(self) -> float | None:
+        decided = self.samples - self.undecided
+        return None if self.agreeing is None or not decided else self.agreeing / decided
 
     @property
     def agreement_proven(self) -> float | None:
-        if self.agreement is None:
+        if self.agreeing is None:
             return None
-        from scipy.special import betaincinv
+        return evidence.share_bounds(self.agreeing, self.samples)[0]
 
-        agreeing = round(self.agreement * self.samples)
-        if not agreeing:
-            return 0.0
-        return float(betaincinv(agreeing, self.samples - agreeing + 1, 0.05))
+    @property
+    def agreement_possible(self) -> float | None:
+        if self.agreeing is None:
+            return None
+        return evidence.share_bounds(self.agreeing + self.undecided, self.samples)[1]
+
+    @property
+    def reference_accuracy(self) -> float | None:
+        return None if self.reference_correct is None else self.reference_correct / self.samples
+
+    @property
+    def accuracy(self) -> float | None:
+        if self.reference_correct is None or self.lost is None or self.gained is None:
+            return None
+        return (self.reference_correct - self.lost + self.gained) / self.samples
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        if self.lost is None or self.gained is None:
+            return None
+        return (self.lost - self.gained) / self.samples
+
+    @property
+    def accuracy_drop_bounds(self) -> tuple[float, float] | None:
+        if self.lost is None or self.gained is None:
+            return None
+        return evidence.drop_bounds(self.lost, self.gained, self.samples)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -281,21 +328,73 @@ class Parity(Found, frozen=True):
             )
             if count
         ]
+        shown = self._shown()
         for name, bound in self.tolerance.bounds().items():
             figure = getattr(self, name)
-            if figure is None:
+            if name in shown:
+                bad += [shown[name].said] if shown[name].met is False else []
+            elif figure is None:
                 bad.append(f"{name} could not be computed on the {self.inputs}")
             elif name in Tolerance.UPPER and not figure <= bound:
-                bad.append(f"{name} {_apart(figure, '>', bound)} on the {self.inputs}")
+                bad.append(f"{name} {evidence.apart(figure, '>', bound)} on the {self.inputs}")
             elif name in Tolerance.LOWER and not figure >= bound:
-                bad.append(f"{name} {_apart(figure, '<', bound)} on the {self.inputs}")
+                bad.append(f"{name} {evidence.apart(figure, '<', bound)} on the {self.inputs}")
         return tuple(bad)
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Return one phrase per gate that the samples neither meet nor miss, or what they lack."""
+        if not self.tolerance.bounds():
+            return ()
+        lacking = [f"{lack} on the {self.inputs}" for lack in self._lacks()]
+        return (*lacking, *(s.said for s in self._shown().values() if s.met is None))
 
     @property
     def verdict(self) -> Verdict:
         if self.failures:
             return "fail"
+        if self.unproven:
+            return "not enough evidence"
         return "pass" if self.tolerance.bounds() else "not checked"
+
+    def _shown(self) -> dict[str, evidence.Shown]:
+        """Return what the samples show of each gate that is a share, but of values not finite."""
+        shown = {}
+        gates, on = self.tolerance, f"on the {self.inputs}"
+        if gates.agreement is not None and self.agreeing is not None:
+            shown["agreement"] = evidence.judge_agreement(
+                self.agreeing, self.undecided, self.samples, gates.agreement, on
+            )
+        if gates.accuracy_drop is not None and self.labels is None:
+            shown["accuracy_drop"] = evidence.Shown(None, f"accuracy_drop needs labels {on}")
+        if gates.accuracy_drop is not None and self.lost is not None and self.gained is not None:
+            shown["accuracy_drop"] = evidence.judge_drop(
+                self.lost, self.gained, self.samples, gates.accuracy_drop, on
+            )
+        return shown
+
+    def _lacks(self) -> list[str]:
+        """Return why samples like these show nothing, however near the outputs are."""
+        if self.samples < 2:
+            return ["one sample alone shows nothing"]
+        if self.constant:
+            return [f"the {side}'s output is the same for every sample" for side in self.constant]
+        if self.labels is None and self.tolerance.agreement is None:
+            return []  # noise, say: nothing rests on classes
+        lacks = []
+        if self.undecided == self.samples:
+            lacks.append("the reference has no one largest output for any sample")
+        elif self.classes == 1:
+            lacks.append("the reference's largest output is the same for every sample")
+        if self.labels == 1:
+            lacks.append("the labels are of one class alone")
+        return lacks
+
+
+def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on a whole, from those on its parts."""
+    order: tuple[Verdict, ...] = ("fail", "not enough evidence", "pass", "not checked")
+    return min(verdicts, key=order.index, default="not checked")
 
 
 class LayerError(Found, frozen=True):
@@ -401,15 +500,6 @@ def rank(percent: float, count: int) -> int:
     return max(1, math.ceil(Fraction(str(percent)) * count / 100))
 
 
-def _apart(figure: float, sign: str, bound: float) -> str:
-    """Return ``figure sign bound`` with the digits it takes to tell the two apart."""
-    for digits in range(4, 18):
-        left, right = f"{figure:.{digits}g}", f"{bound:.{digits}g}"
-        if left != right:
-            break
-    return f"{left} {sign} {right}"
-
-
 class Latency(Found, frozen=True):
     """Every sample that was taken, warm-up excluded. Summaries are derived, never stored."""
 
@@ -513,11 +603,12 @@ class Artefact(Found, frozen=True):
         return (*unfaithful, *missed)
 
     @property
+    def unproven(self) -> tuple[str, ...]:
+        return tuple(phrase for parity in self.parity for phrase in parity.unproven)
+
+    @property
     def verdict(self) -> Verdict:
-        verdicts = {parity.verdict for parity in self.parity}
-        if self.failures:
-            return "fail"
-        return "pass" if "pass" in verdicts else "not checked"
+        return "fail" if self.refused else _worst(parity.verdict for parity in self.parity)
 
 
 class Variant(Found, frozen=True):
@@ -608,13 +699,17 @@ class Report(Found, frozen=True):
         return unmade + tuple(f"{a.name}: {why}" for a in self.artefacts for why in a.failures)
 
     @property
+    def unproven(self) -> tuple[str, ...]:
+        return tuple(f"{a.name}: {phrase}" for a in self.artefacts for phrase in a.unproven)
+
+    @property
     def verdict(self) -> Verdict:
-        verdicts = {artefact.verdict for artefact in self.artefacts}
-        if self.failures:
-            return "fail"
-        return "pass" if "pass" in verdicts else "not checked"
+        return "fail" if self.failures else _worst(artefact.verdict for artefact in self.artefacts)
 
     def raise_for_parity(self) -> None:
-        """Raise `ParityError`, naming artefact, figure and limit, if any gate was missed."""
-        if self.failures:
-            raise ParityError("; ".join(self.failures))
+        """Raise `ParityError` if a gate was missed, or could not be shown to be met.
+
+        It names artefact, figure and limit, or what there is too little evidence of.
+        """
+        if said := (*self.failures, *self.unproven):
+            raise ParityError("; ".join(said))

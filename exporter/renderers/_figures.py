@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from exporter.evidence import at_least, at_most
 from exporter.records import Artefact, File, Latency, Parity, Report
 
 NOT_MADE = "FAIL: not made"
@@ -89,6 +91,44 @@ def decibels(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
+
+
+def proven(parity: Parity) -> str:
+    """Return the agreement that the samples prove."""
+    return "" if parity.agreement_proven is None else f"≥ {at_least(parity.agreement_proven)}"
+
+
+def drop(parity: Parity) -> str:
+    """Return the drop in accuracy, and from where to where the samples prove it to lie."""
+    if parity.accuracy_drop is None or parity.accuracy_drop_bounds is None:
+        return ""
+    least, most = parity.accuracy_drop_bounds
+    return f"{share(parity.accuracy_drop)} ({at_least(least)} to {at_most(most)})"
+
+
+def margin(parity: Parity) -> str:
+    """Return how much of its decision margin the worst sample has used up."""
+    used, said = parity.margin_used, []
+    if used is not None:
+        said = [f"{100 * used:.2g}%" if used < 0.995 else f"{min(used, 10):.0%}"]
+        said = [f"{said[0]} or more"] if used > 10 else said
+    said += [f"{parity.undecided} undecided"] if parity.undecided else []
+    return ", ".join(said)
+
+
+def classes(parity: Parity) -> str:
+    """Return how many classes the reference gives, and how many there are among the labels."""
+    return str(parity.classes) if parity.labels is None else f"{parity.classes} of {parity.labels}"
+
+
+def shown(artefact: Artefact) -> Iterator[str]:
+    """Yield what an artefact's labelled samples show of its quality, one line each."""
+    for parity in artefact.parity:
+        if parity.labels is not None and parity.agreeing is not None:
+            yield (
+                f"{parity.agreeing} of {parity.samples} agree, proven {proven(parity)}; accuracy "
+                f"drop {drop(parity)}; margin used {margin(parity)}; {classes(parity)} classes"
+            )
 
 
 def milliseconds(latency: Latency | None) -> str:

@@ -50,6 +50,8 @@ def _artefacts(report: Report) -> list[str]:
     lines = ["## Artefacts", "", *_table(figures.HEADS, figures.rows(report))]
     if report.failures:
         lines += ["", *(f"- **{_escape(failure)}**" for failure in report.failures)]
+    if report.unproven:
+        lines += ["", *(f"- Not enough evidence: {_escape(said)}" for said in report.unproven)]
     lines += [""]
     lines += [f"- {v.precision}: {_escape(note)}" for v in report.variants for note in v.notes]
     lines += [
@@ -71,8 +73,8 @@ def _targets(artefact: Artefact) -> tuple[str, ...]:
 def _parity(report: Report) -> list[str]:
     heads = (
         *("compared with float64 PyTorch", "on", "largest error", "relative L2", "SQNR"),
-        *("1 − cosine", "top-1 agreement", "proven", "accuracy", "× float32 noise"),
-        *("gates", "verdict"),
+        *("1 − cosine", "top-1 agreement", "proven", "margin used", "classes"),
+        *("accuracy", "accuracy drop", "× float32 noise", "gates", "verdict"),
     )
     named = [("PyTorch float32", parity, "") for parity in report.pytorch]
     named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
@@ -84,9 +86,15 @@ def _parity(report: Report) -> list[str]:
         "",
         "The reference is the unfolded network in float64, accuracy "
         f"{figures.share(reference)}. Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is "
-        "−20 log₁₀ of it, cosine is the smallest of one sample, proven is the agreement that so "
-        "many samples prove with 95 % confidence (Clopper-Pearson), and the float32 noise is "
-        "PyTorch float32's own relative L2 against float64 on the same inputs.",
+        "−20 log₁₀ of it, cosine is the smallest of one sample, and the float32 noise is PyTorch "
+        "float32's own relative L2 against float64 on the same inputs. Proven is the agreement "
+        "that so many samples prove with 95 % confidence (Clopper-Pearson), and behind the drop "
+        "in accuracy stands from where to where they prove it to lie, each end with 95 % "
+        "confidence (exact, for pairs). The margin used is how much of the distance between its "
+        "largest output and the next an error has eaten up in the worst sample: from 100 % on, "
+        "the sample flips. Classes are the different largest outputs of the reference, of so many "
+        "different labels. A gate on agreement or accuracy is met where the samples prove it, and "
+        "missed where they prove that; between the two there is not enough evidence.",
         *_not_run(report),
     ]
 
@@ -100,8 +108,11 @@ def _parity_row(name: str, parity: Parity, said: str) -> Sequence[str]:
         figures.decibels(parity.sqnr_db),
         figures.one_minus(parity.cosine),
         figures.share(parity.agreement),
-        f"≥ {figures.share(parity.agreement_proven)}" if parity.agreement_proven else "",
+        figures.proven(parity),
+        figures.margin(parity),
+        figures.classes(parity),
         figures.share(parity.accuracy),
+        figures.drop(parity),
         figures.number(parity.noise_multiple, ".3g"),
         figures.gates(parity) if said else "",
         said,

@@ -10,14 +10,15 @@ from typing import Any
 import msgspec
 
 from exporter.errors import InputRefused
-from exporter.records import SCHEMA, Artefact, Cost, Latency, Parity, Report
+from exporter.records import SCHEMA, Artefact, Cost, Found, Latency, Parity, Report
 
 
 def render(report: Report) -> str:
-    """Return the report as JSON, with verdicts, percentiles and totals written out."""
+    """Return the report as JSON, with verdicts, shares, percentiles and totals written out."""
     table = msgspec.to_builtins(report)
     table = {"schema": table.pop("schema"), "verdict": report.verdict, **table}
     table["failures"] = list(report.failures)
+    table["unproven"] = list(report.unproven)
     for parity, entry in zip(report.pytorch, table["pytorch"], strict=True):
         entry |= _parity(parity)
     for variant, entry in zip(report.variants, table["variants"], strict=True):
@@ -33,12 +34,18 @@ def render(report: Report) -> str:
 def parse(text: str | bytes) -> Report:
     """Return the report that `render` wrote. Raises `InputRefused` for anything else."""
     try:
-        report = msgspec.json.decode(text, type=Report)
+        found = msgspec.json.decode(text, type=_Schema).schema
+        if found != SCHEMA:
+            raise InputRefused(f"a report of schema {found}, where {SCHEMA} can be read")
+        return msgspec.json.decode(text, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputRefused(f"not a report of this tool: {error}") from error
-    if report.schema != SCHEMA:
-        raise InputRefused(f"a report of schema {report.schema}, where {SCHEMA} can be read")
-    return report
+
+
+class _Schema(Found, frozen=True):
+    """What says how to read the rest."""
+
+    schema: int
 
 
 def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +55,7 @@ def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
         "name": artefact.name,
         "verdict": artefact.verdict,
         "failures": list(artefact.failures),
+        "unproven": list(artefact.unproven),
     }
 
 
@@ -56,8 +64,13 @@ def _parity(parity: Parity) -> dict[str, Any]:
         "verdict": parity.verdict,
         "sqnr_db": parity.sqnr_db,  # infinite where exact, which JSON has as null
         "noise_multiple": parity.noise_multiple,
+        "agreement": parity.agreement,
         "agreement_proven": parity.agreement_proven,
+        "agreement_possible": parity.agreement_possible,
+        "accuracy": parity.accuracy,
+        "reference_accuracy": parity.reference_accuracy,
         "accuracy_drop": parity.accuracy_drop,
+        "accuracy_drop_bounds": parity.accuracy_drop_bounds,
     }
 
 

@@ -1,4 +1,4 @@
-"""The report for a terminal: the table, what failed, and where the rest is."""
+"""The report for a terminal: the table, what it rests on, what failed, and where the rest is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from exporter.renderers import _figures as figures
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_COLOURS = {"pass": "green", "fail": "bold red", "not checked": "yellow"}
+_COLOURS: dict[str, str] = {
+    "pass": "green",
+    "fail": "bold red",
+    "not enough evidence": "bold magenta",
+    "not checked": "yellow",
+}
 
 
 def render(report: Report, folder: Path) -> RenderableType:
@@ -37,7 +42,12 @@ def render(report: Report, folder: Path) -> RenderableType:
         Text(""),
         *(Text(line, style=_COLOURS["not checked"]) for line in _not_run(report)),
         *(Text(f"{a.name}: {note}") for a in report.artefacts for note in a.notes),
-        *(Text(f"missed: {failure}", style="bold red") for failure in report.failures),
+        *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
+        *(Text(f"missed: {failure}", style=_COLOURS["fail"]) for failure in report.failures),
+        *(
+            Text(f"not enough evidence: {phrase}", style=_COLOURS["not enough evidence"])
+            for phrase in report.unproven
+        ),
         *(Text(f"in doubt: {doubt}", style="yellow") for doubt in report.doubts),
         Text(f"{report.verdict}: {folder / 'report.md'}", style=_COLOURS[report.verdict]),
     ]

@@ -146,6 +146,52 @@ def doctor() -> None:
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="The weights it was exported from, if not the built-in ones.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="The calibration data it was exported with, if not the built-in ones.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the record as JSON instead of the waterfall."
+)
+@click.pass_context
+def parity(
+    ctx: click.Context,
+    bundle: Path,
+    weights: Path | None,
+    calibration: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Compare all that is in BUNDLE once more with the network it was exported from.
+
+    Prints the ladder from float64 PyTorch down to the engines: what each step adds, whether each
+    artefact computes the graph that was asked for, and for one that does not, the first layer where
+    it leaves it. The graphs asked for are made anew; nothing is written.
+    """
+    with _bars() as progress:
+        with progress("load PyTorch", None):
+            from rich.console import Console
+
+            from exporter.recheck import check_bundle
+            from exporter.renderers import record, waterfall
+        report = check_bundle(bundle, weights=weights, calibration=calibration, progress=progress)
+    if as_json:
+        click.echo(record.render(report), nl=False)
+    else:
+        width = None if sys.stdout.isatty() else 180
+        Console(width=width, soft_wrap=True).print(waterfall.render(report))
+    ctx.exit(0 if report.verdict in ("pass", "not checked") else 1)
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-m", "--model", default="resnet18", show_default=True, help="A built-in network.")
 def train(path: Path, model: str) -> None:

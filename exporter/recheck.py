@@ -30,7 +30,6 @@ from exporter.runtimes._graph import read_graph
 from exporter.to_onnx import export_onnx
 
 
-
 def check_bundle(
     folder: Path,
     *,

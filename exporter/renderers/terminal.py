@@ -11,7 +11,7 @@ from exporter.renderers import _figures as figures
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_COLOURS: dict[str, str] = {
+COLOURS: dict[str, str] = {
     "pass": "green",
     "fail": "bold red",
     "not enough evidence": "bold magenta",
@@ -31,7 +31,7 @@ def render(report: Report, folder: Path) -> RenderableType:
     for row in figures.rows(report):
         cells = [Text(cell) for cell in row]
         verdict = row.verdict.partition(":")[0]  # the reason stands below the table
-        cells[2] = Text(verdict, style=_COLOURS.get(verdict.lower(), ""))
+        cells[2] = Text(verdict, style=COLOURS.get(verdict.lower(), ""))
         table.add_row(*cells)
     fold = report.fold
     lines: list[RenderableType] = [
@@ -40,21 +40,21 @@ def render(report: Report, folder: Path) -> RenderableType:
         Text(""),
         table,
         Text(""),
-        *(Text(line, style=_COLOURS["not checked"]) for line in _not_run(report)),
+        *(Text(line, style=COLOURS["not checked"]) for line in not_run(report)),
         *(Text(f"{a.name}: {note}") for a in report.artefacts for note in a.notes),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
-        *(Text(f"missed: {failure}", style=_COLOURS["fail"]) for failure in report.failures),
+        *(Text(f"missed: {failure}", style=COLOURS["fail"]) for failure in report.failures),
         *(
-            Text(f"not enough evidence: {phrase}", style=_COLOURS["not enough evidence"])
+            Text(f"not enough evidence: {phrase}", style=COLOURS["not enough evidence"])
             for phrase in report.unproven
         ),
         *(Text(f"in doubt: {doubt}", style="yellow") for doubt in report.doubts),
-        Text(f"{report.verdict}: {folder / 'report.md'}", style=_COLOURS[report.verdict]),
+        Text(f"{report.verdict}: {folder / 'report.md'}", style=COLOURS[report.verdict]),
     ]
     return Group(*lines)
 
 
-def _not_run(report: Report) -> list[str]:
+def not_run(report: Report) -> list[str]:
     """Return one line for each reason why artefacts were not run."""
     named: dict[str, list[str]] = {}
     for artefact in report.artefacts:

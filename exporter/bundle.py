@@ -81,6 +81,24 @@ def new_bundle(final: Path) -> Iterator[Path]:
         _remove_empty(made)
 
 
+@contextmanager
+def extended_bundle(final: Path, part: str) -> Iterator[Path]:
+    """Yield a new folder for ``part`` of a bundle; publish the bundle with it if nothing was raised.
+
+    Everything else is taken over as it is, and so is what the manifest says of it: a file that had
+    changed stays one that the manifest does not vouch for. Raises `OutputError` as `new_bundle`.
+    """
+    manifest = read_manifest(final)
+    assert manifest is not None  # who extends a bundle has read it
+    with new_bundle(final) as folder:
+        shutil.copytree(final, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(part))
+        (folder / part).mkdir()
+        yield folder / part
+        kept = tuple(f for f in manifest.files if not f.name.startswith(f"{part}/"))
+        added = (File.of(path, folder) for path in sorted((folder / part).iterdir()))
+        _write_manifest(folder, msgspec.structs.replace(manifest, files=(*kept, *added)))
+
+
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:  # the innermost first
         with suppress(OSError):
@@ -91,9 +109,13 @@ def write_manifest(folder: Path, *, tool: str, environment: Mapping[str, str]) -
     """Write ``manifest.json`` for all that is in the folder, and return it."""
     files = tuple(File.of(path, folder) for path in sorted(folder.rglob("*")) if path.is_file())
     manifest = Manifest(SCHEMA, tool, dict(environment), files)
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (folder / MANIFEST).write_bytes(text + b"\n")
-    return manifest
 
 
 def _refuse_foreign(final: Path) -> None:

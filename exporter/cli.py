@@ -159,6 +159,25 @@ def doctor() -> None:
     help="The calibration data it was exported with, if not the built-in ones.",
 )
 @click.option(
+    "--worst-case",
+    is_flag=True,
+    help="Also search the inputs on which each artefact disagrees most, and save them in BUNDLE.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 100_000),
+    default=60,
+    show_default=True,
+    help="Gradient steps of that search.",
+)
+@click.option(
+    "--radius",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="How far from a real sample it may go, as a share of the data's range.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print the record as JSON instead of the waterfall."
 )
 @click.pass_context
@@ -167,14 +186,17 @@ def parity(
     bundle: Path,
     weights: Path | None,
     calibration: Path | None,
+    steps: int,
+    radius: float,
     *,
+    worst_case: bool,
     as_json: bool,
 ) -> None:
     """Compare all that is in BUNDLE once more with the network it was exported from.
 
     Prints the ladder from float64 PyTorch down to the engines: what each step adds, whether each
     artefact computes the graph that was asked for, and for one that does not, the first layer where
-    it leaves it. The graphs asked for are made anew; nothing is written.
+    it leaves it. The graphs asked for are made anew; without --worst-case nothing is written.
     """
     with _bars() as progress:
         with progress("load PyTorch", None):
@@ -182,7 +204,14 @@ def parity(
 
             from exporter.recheck import check_bundle
             from exporter.renderers import record, waterfall
-        report = check_bundle(bundle, weights=weights, calibration=calibration, progress=progress)
+            from exporter.worst_case import Search
+        report = check_bundle(
+            bundle,
+            weights=weights,
+            calibration=calibration,
+            search=Search(steps=steps, radius=radius) if worst_case else None,
+            progress=progress,
+        )
     if as_json:
         click.echo(record.render(report), nl=False)
     else:

@@ -7,16 +7,18 @@ run now, what they compute is held against what they should.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import msgspec
 import onnx
 
 from exporter import environment
-from exporter.bundle import Manifest, read_manifest
-from exporter.contracts import Converted, Model, Progress, silent
+from exporter.bundle import Manifest, extended_bundle, read_manifest
+from exporter.contracts import Converted, Model, Progress, Session, silent
+from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.fold import fold_batchnorm
 from exporter.graphs import convert_all
@@ -25,9 +27,13 @@ from exporter.ladder import Asked, Ladder, Truth
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
 from exporter.records import Array, Artefact, File, Report, Variant
+from exporter.reference import TorchSession
 from exporter.renderers import record
 from exporter.runtimes._graph import read_graph
 from exporter.to_onnx import export_onnx
+from exporter.worst_case import Found, Search, search_worst_case
+
+_WORST = "worst-case"
 
 
 def check_bundle(
@@ -36,12 +42,15 @@ def check_bundle(
     model: Model | None = None,
     weights: Path | None = None,
     calibration: Array | Path | None = None,
+    search: Search | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Return the bundle's report with parity and fidelity measured anew; nothing is written.
+    """Return the bundle's report with parity and fidelity measured anew.
 
     ``model``, ``weights`` and ``calibration`` are what the bundle was exported with, where they
-    were not the built-in ones. The result has no latencies.
+    were not the built-in ones. The result has no latencies. Nothing is written, but that with
+    ``search`` the worst inputs found for each artefact go into the bundle, as
+    ``worst-case/<artefact>.npy``, and what they show into ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
@@ -76,10 +85,10 @@ def check_bundle(
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
         rungs = ladder.pytorch_rungs()
         made = dict(convert_all(job, graph))
-        variants = tuple(
-            _recheck(_Bundle(job, folder, changed, ladder), variant, made[variant.precision])
-            for variant in before.variants
-        )
+        bundle = _Bundle(job, folder, changed, ladder, search)
+        variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
+    if bundle.found:
+        _save(folder, bundle.found)
     return msgspec.structs.replace(
         before,
         environment=environment.capture(),
@@ -89,6 +98,7 @@ def check_bundle(
         latency=(),
         doubts=tuple(f"{name} is not the file that the manifest lists" for name in sorted(changed)),
         stages=tuple(job.stages),
+        worst_cases=tuple(found.record for found in bundle.found),
     )
 
 
@@ -132,13 +142,16 @@ def _changed(folder: Path, manifest: Manifest) -> set[str]:
     return changed
 
 
-class _Bundle(NamedTuple):
-    """A bundle's files, and the ladder they are held against."""
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """A bundle's files, the ladder they are held against, and what a search has found."""
 
     job: Job
     folder: Path
     changed: set[str]
     ladder: Ladder
+    search: Search | None
+    found: list[Found] = field(default_factory=list)
 
 
 def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -> Variant:
@@ -164,7 +177,10 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
     try:
         _check_file(bundle, path)
         with runtime.open(path) as session:
-            return bundle.ladder.judge(artefact, runtime, path, session, asked)
+            judged = bundle.ladder.judge(artefact, runtime, path, session, asked)
+            if bundle.search is not None:
+                bundle.found.append(_search(bundle, judged, path, session, asked, bundle.search))
+            return judged
     except ExportError as error:
         return msgspec.structs.replace(artefact, refused=with_hint(error))
 
@@ -190,3 +206,41 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             f"{name} was changed after the bundle was made, and an engine is a program, so it is "
             "not loaded"
         )
+
+
+def _search(
+    bundle: _Bundle, artefact: Artefact, path: Path, session: Session, asked: Asked, search: Search
+) -> Found:
+    """Look for the input on which an artefact disagrees most. Raises `GraphError`."""
+    job, source = bundle.job, bundle.ladder.source.emulator
+    surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
+    if source is None or surrogate is None:
+        raise GraphError(f"no worst case can be searched for: {asked.unseen}")
+    truth = TorchSession.of(job.module, job.model.output.name, double=True)
+    with job.stage(f"{artefact.name}: search the worst case", search.steps) as advance:
+        found = search_worst_case(
+            artefact.name,
+            reference=source,
+            surrogate=surrogate,
+            output=job.model.output.name,
+            samples=job.held_out.inputs,
+            run_reference=partial(job.outputs, truth),
+            run_artefact=partial(job.outputs, session),
+            search=search,
+            advance=advance,
+        )
+    name = f"{artefact.precision}-{artefact.runtime}.npy"
+    record = msgspec.structs.replace(found.record, file=f"{_WORST}/{name}")
+    return Found(record, found.inputs)
+
+
+def _save(folder: Path, found: list[Found]) -> None:
+    """Put the worst inputs into the bundle, in place of those of an earlier search."""
+    import numpy as np
+
+    with extended_bundle(folder, _WORST) as part:
+        for case in found:
+            assert case.record.file is not None
+            np.save(part / Path(case.record.file).name, case.inputs)
+        text = msgspec.json.format(msgspec.json.encode([case.record for case in found]), indent=2)
+        (part / "record.json").write_bytes(text + b"\n")

@@ -495,6 +495,40 @@ class Rung(Found, frozen=True):
     fidelity: Fidelity | None = None
 
 
+class Flip(Found, frozen=True):
+    """An input on which network and artefact give different labels.
+
+    ``step`` is the gradient step at which it was found, 0 for a sample as it was; ``distance`` the
+    largest change of an element from the real sample; the others are the two labels.
+    """
+
+    step: int
+    distance: float
+    reference: int
+    artefact: int
+
+
+class WorstCase(Found, frozen=True):
+    """What the search for the largest disagreement came to: a figure, not a gate.
+
+    ``tried`` inputs were run through both, the ``_on_samples`` figures are those of the real
+    samples it began at. ``gap`` is the largest |y − r| of one output, over inputs with finite ones;
+    ``file`` has the inputs in the bundle, the worst first.
+    """
+
+    artefact: str
+    tried: int
+    steps: int
+    radius: float
+    gap_on_samples: float
+    gap: float
+    flips_on_samples: int
+    flips: int
+    first_flip: Flip | None
+    nonfinite: int
+    file: str | None = None
+
+
 def rank(percent: float, count: int) -> int:
     """Return ⌈percent / 100 · count⌉, at least 1: exact, where 99.9 / 100 · 1000 is not 999."""
     return max(1, math.ceil(Fraction(str(percent)) * count / 100))
@@ -680,6 +714,7 @@ class Report(Found, frozen=True):
     latency: tuple[Latency, ...]
     doubts: tuple[str, ...]
     stages: tuple[Stage, ...]
+    worst_cases: tuple[WorstCase, ...] = ()
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

@@ -2,24 +2,26 @@
 
     exact      float64 throughout, whatever the graph declares: the function that was asked for
     rounded    the same, and every half-precision tensor rounded to its type where it is written
+    leaky      exact values, with gradients that never vanish (`leaky`), for a search by gradients
     noisy      float64, with a random error of the size that rounding to each declared type must
                cause: what any honest implementation loses, and how that grows to the output
 
-INT8 is part of the function in all three: QuantizeLinear rounds, and in the noisy run what it reads
-is a little off, so that values near the middle between two steps fall to either side, as they do
-from one runtime to the next. `operators` says what each node means, `rounding` what it must lose.
+INT8 is part of the function in all of them: QuantizeLinear rounds, and in the noisy run what it
+reads is a little off, so that values near the middle between two steps fall to either side, as they
+do from one runtime to the next. `operators` says what a node means, `rounding` what it must lose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from exporter.emulation.operators import OPERATORS
+from exporter.emulation.leaky import LEAKY
+from exporter.emulation.operators import OPERATORS, Operator
 from exporter.emulation.rounding import (
     FLOAT,
     HALVES,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from exporter.records import Array, Feed
 
-Arithmetic: TypeAlias = Literal["exact", "rounded", "noisy"]
+Arithmetic: TypeAlias = Literal["exact", "rounded", "noisy", "leaky"]
 Values: TypeAlias = dict[str, Tensor]
 
 _WHOLE = {6, 7, 9, 12, 13}  # INT32, INT64, BOOL, UINT32, UINT64: shapes, indices, conditions
@@ -63,6 +65,7 @@ class Emulator:
     constants: Mapping[str, Tensor]
     dtypes: Mapping[str, int]
     scales: Mapping[str, Tensor]
+    kind: torch.dtype = torch.float64
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Emulator:
@@ -83,6 +86,14 @@ class Emulator:
             dtypes=dtypes,
             scales=dict(_scales(steps, constants)),
         )
+
+    def in_float32(self) -> Emulator:
+        """Return an emulator that computes in float32: faster, and no longer exact."""
+        constants = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in self.constants.items()
+        }
+        return replace(self, constants=constants, kind=torch.float32)
 
     @property
     def rounds_to_half(self) -> bool:
@@ -106,14 +117,15 @@ class Emulator:
         generator = torch.Generator().manual_seed(seed)
         kept = {*self.outputs, *watch}
         last = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        values: Values = {name: feed[name].double() for name in self.inputs}
+        values: Values = {name: feed[name].to(self.kind) for name in self.inputs}
+        operators = LEAKY if arithmetic == "leaky" else OPERATORS
         found = {name: value for name, value in values.items() if name in kept}
         for i, step in enumerate(self.steps):
             inputs = [self.value(name, values) for name in step.reads]
             if arithmetic == "noisy" and step.op == "QuantizeLinear" and inputs[0] is not None:
                 off = ROUNDOFF[FLOAT] * inputs[0].abs() / 3**0.5  # of the division by the scale
                 inputs[0] = inputs[0] + off * _noise(inputs[0], generator)
-            for name, value in self.compute(step, inputs).items():
+            for name, value in self.compute(step, inputs, operators).items():
                 if arithmetic == "rounded":
                     value = round_to(value, step.dtype)
                 elif arithmetic == "noisy":
@@ -127,10 +139,15 @@ class Emulator:
                     values.pop(name, None)
         return found
 
-    def compute(self, step: Step, inputs: Sequence[Tensor | None]) -> Values:
+    def compute(
+        self,
+        step: Step,
+        inputs: Sequence[Tensor | None],
+        operators: Mapping[str, Operator] = OPERATORS,
+    ) -> Values:
         """Return what one node writes, exactly. Raises `GraphError` if it cannot be emulated."""
         try:
-            got = OPERATORS[step.op](step.attributes, *inputs)
+            got = operators[step.op](step.attributes, *inputs)
         except NotImplementedError as error:
             raise GraphError(f"{step.name!r}: {step.op} with {error} has no emulation") from error
         parts = got if isinstance(got, tuple) else (got,)

@@ -194,7 +194,7 @@ def _cast(a: Attributes, x: Tensor) -> Tensor:
     whole = {6: torch.int32, 7: torch.int64, 9: torch.bool}
     if a["to"] in whole:
         return x.to(whole[a["to"]])
-    return x if x.dtype == torch.float64 else x.double()
+    return x if x.is_floating_point() else x.double()
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def rounded(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def _along(part: Tensor, x: Tensor, axis: int) -> Tensor:
+def along(part: Tensor, x: Tensor, axis: int) -> Tensor:
     """Return a scale or zero point, one number or one per slice of an axis, to broadcast with x."""
     if part.numel() == 1:
         return part.reshape(())
@@ -213,17 +213,17 @@ def _along(part: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     low, high = LIMITS[a["to"]]
-    scale = _along(scale, x, a.get("axis", 1))
-    zero = torch.zeros((), dtype=x.dtype) if zero is None else _along(zero, x, a.get("axis", 1))
+    scale = along(scale, x, a.get("axis", 1))
+    zero = torch.zeros((), dtype=x.dtype) if zero is None else along(zero, x, a.get("axis", 1))
     return (rounded(x / scale) + zero).clamp(low, high)
 
 
 def _dequantize(a: Attributes, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     if a.get("block_size"):
         raise NotImplementedError("block_size")
-    q = q.double()
-    shifted = q if zero is None else q - _along(zero.double(), q, a.get("axis", 1))
-    return shifted * _along(scale, q, a.get("axis", 1))
+    q = q.to(scale.dtype)
+    shifted = q if zero is None else q - along(zero.to(scale.dtype), q, a.get("axis", 1))
+    return shifted * along(scale, q, a.get("axis", 1))
 
 
 # ── Moves ───────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from exporter.records import Artefact, Fidelity, LayerError, Report, Rung, Variant
+from exporter.records import Artefact, Fidelity, LayerError, Report, Rung, Variant, WorstCase
 
 TOP = "PyTorch float64"
 MOST_LOSSES = 3
@@ -150,3 +150,22 @@ def _verdict(fidelity: Fidelity | None) -> str:
     if fidelity is None:
         return "the yardstick"
     return "FAIL" if fidelity.verdict == "fail" else fidelity.verdict
+
+
+def worst(case: WorstCase) -> str:
+    """Return what a search for the worst case came to, as one line."""
+    said = (
+        f"{case.artefact}: the largest logit gap near a sample is {case.gap:.3g}, on the samples "
+        f"themselves {case.gap_on_samples:.3g} ({case.tried} inputs tried, none further from a "
+        f"sample than {case.radius:.0%} of the data's range)"
+    )
+    if case.nonfinite:
+        said += f"; {case.nonfinite} inputs gave values that are not finite"
+    flip = case.first_flip
+    if flip is None:
+        return f"{said}; no label flip"
+    where = "on a sample itself" if flip.step == 0 else f"at step {flip.step}"
+    return (
+        f"{said}; {case.flips + case.flips_on_samples} label flips, the first {where}, "
+        f"{flip.distance:.3g} away: {flip.reference} became {flip.artefact}"
+    )

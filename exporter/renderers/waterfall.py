@@ -33,6 +33,7 @@ def render(report: Report) -> RenderableType:
         Text(""),
         *(Text(line, style=COLOURS["not checked"]) for line in not_run(report)),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
+        *(Text(ladder.worst(case)) for case in report.worst_cases),
         *(Text(line, style=COLOURS["fail"]) for line in ladder.findings(report)),
         *(
             Text(f"not enough evidence: {phrase}", style=COLOURS["not enough evidence"])

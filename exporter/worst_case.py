@@ -1,0 +1,242 @@
+"""The input, near a real sample, on which an artefact disagrees most with the network.
+
+Random inputs miss what happens close to a decision or where a branch is rarely taken. So a few real
+samples are moved by signed gradient steps (A. Mądry et al., "Towards Deep Learning Models Resistant
+to Adversarial Attacks", 2018), inside the box that the data fill and no further than ``radius`` of
+its width from where they began, each towards one of four ends, with r the network's outputs, y the
+artefact's, d = y − r, t the sample's label and j its rival, and σ signs drawn once for each lane:
+
+    gap       Σ dᵢ²           further apart, wherever they are apart already
+    drift     Σ σᵢ·dᵢ         apart where they still agree: this pulls even at d = 0; in pairs of ±σ
+    flip      y_j − y_t       over the nearest boundary, where the least error flips the label
+    extreme   σ_j·r_j         where ranges are used that calibration never saw
+
+Gradients are taken through emulations of both graphs in PyTorch, with operators that never go flat
+(`exporter.emulation.leaky`), so that a branch which only the artefact has pulls even while it is
+off. What counts is confirmed: every input is run through the artefact itself, and through PyTorch
+in float64; and between a sample and where it crossed the boundary, halving finds the place at which
+the network itself is undecided, so that the artefact has to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from exporter.contracts import Advance
+from exporter.emulation import Emulator
+from exporter.records import Array, Flip, WorstCase
+
+Run = Callable[[Array], Array]
+
+KINDS = ("drift", "gap", "flip", "extreme")
+_CONFIRM_EVERY = 5
+_HALVINGS = 30
+_MOST_KEPT = 8
+
+
+class Search(NamedTuple):
+    """How far and how long to search: ``lanes`` samples at once, ``steps`` gradient steps each.
+
+    ``radius`` is the largest change of an input element, as a share of the data's range.
+    """
+
+    steps: int = 60
+    lanes: int = 12
+    radius: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to, and the inputs (K, C, H, W) float32 that show it, the worst first."""
+
+    record: WorstCase
+    inputs: Array
+
+
+def search_worst_case(
+    artefact: str,
+    *,
+    reference: Emulator,
+    surrogate: Emulator,
+    output: str,
+    samples: Array,
+    run_reference: Run,
+    run_artefact: Run,
+    search: Search = Search(),  # noqa: B008 - immutable
+    advance: Advance = lambda: None,
+) -> Found:
+    """Search near ``samples`` (N, C, H, W) float32 for the largest disagreement.
+
+    ``reference`` and ``surrogate`` are the network's graph and the artefact's, for gradients;
+    ``run_reference`` and ``run_artefact`` take (n, C, H, W) float32 and give (n, outputs) float64.
+    ``advance`` is called after each step.
+    """
+    witness = _Witness(run_reference, run_artefact)
+    want = witness.see(samples, samples, step=0)
+    started, flipped = witness.gap, witness.flips
+    lanes = _Lanes.choose(samples, want, search)
+    climb = _Climb(reference.in_float32(), surrogate.in_float32(), output, lanes, search)
+    x = torch.from_numpy(lanes.origins)
+    for step in range(1, search.steps + 1):
+        x = climb.step(x, step)
+        if step % _CONFIRM_EVERY == 0 or step == search.steps:
+            witness.see(x.numpy(), lanes.origins, step=step)
+        advance()
+    witness.halve(x.numpy(), lanes.origins, search.steps)
+    record = WorstCase(
+        artefact=artefact,
+        tried=witness.tried,
+        steps=search.steps,
+        radius=search.radius,
+        gap_on_samples=started,
+        gap=witness.gap,
+        flips_on_samples=flipped,
+        flips=witness.flips - flipped,
+        first_flip=witness.first_flip,
+        nonfinite=witness.nonfinite,
+    )
+    return Found(record, witness.inputs())
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """Where each lane starts, what it climbs towards, and the box it stays in."""
+
+    origins: Array
+    labels: Tensor
+    kinds: tuple[str, ...]
+    signs: Tensor
+    low: Tensor
+    high: Tensor
+    width: float
+
+    @classmethod
+    def choose(cls, samples: Array, want: Array, search: Search) -> _Lanes:
+        """Begin at the samples that the network is least sure of, and at others by chance."""
+        import numpy as np
+
+        generator = np.random.default_rng(search.seed)
+        two = np.sort(want, axis=1)[:, -2:] if want.shape[1] > 1 else np.zeros((len(want), 2))
+        unsure = np.argsort(two[:, 1] - two[:, 0], kind="stable")[: -(-search.lanes // 2)]
+        others = generator.permutation(len(samples))[: search.lanes - len(unsure)]
+        chosen = np.concatenate([unsure, others])
+        origins = samples[chosen]
+        low, high = float(samples.min()), float(samples.max())
+        reach = search.radius * (high - low)
+        start = torch.from_numpy(origins)
+        pairs = generator.choice([-1.0, 1.0], (len(chosen), want.shape[1]))
+        rounds = np.arange(len(chosen)) // len(KINDS)  # each kind again: two rounds make a pair
+        signs = pairs[rounds // 2] * np.where(rounds % 2, -1.0, 1.0)[:, None]
+        return cls(
+            origins=origins,
+            labels=torch.from_numpy(want[chosen].argmax(axis=1)),
+            kinds=tuple(KINDS[i % len(KINDS)] for i in range(len(chosen))),
+            signs=torch.from_numpy(signs).float(),
+            low=(start - reach).clamp(min=low),
+            high=(start + reach).clamp(max=high),
+            width=reach,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Climb:
+    """Signed gradient steps on every lane at once."""
+
+    reference: Emulator
+    surrogate: Emulator
+    output: str
+    lanes: _Lanes
+    search: Search
+
+    def step(self, x: Tensor, number: int) -> Tensor:
+        """Return the inputs one step further; steps shorten from a quarter of the reach to 1 %."""
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self._height(x).sum(), x)
+        share = 0.25 * 0.04 ** ((number - 1) / max(1, self.search.steps - 1))
+        moved = x.detach() + share * self.lanes.width * slope.nan_to_num().sign()
+        return torch.minimum(torch.maximum(moved, self.lanes.low), self.lanes.high)
+
+    def _height(self, x: Tensor) -> Tensor:
+        name = self.reference.inputs[0]
+        r = self.reference.run({name: x}, "leaky")[self.output].flatten(1)
+        y = self.surrogate.run({self.surrogate.inputs[0]: x}, "leaky")[self.output].flatten(1)
+        d, label, signs = y - r, self.lanes.labels[:, None], self.lanes.signs
+        rival = r.detach().scatter(1, label, -torch.inf).argmax(dim=1, keepdim=True)
+        ends = {
+            "gap": d.square().sum(dim=1),
+            "drift": (signs * d).sum(dim=1),
+            "flip": (y.gather(1, rival) - y.gather(1, label)).flatten(),
+            "extreme": (signs * r).gather(1, rival).flatten(),
+        }
+        return torch.stack([ends[kind][i] for i, kind in enumerate(self.lanes.kinds)])
+
+
+@dataclass(slots=True)
+class _Witness:
+    """Runs inputs through the network and the artefact themselves, and keeps the worst."""
+
+    run_reference: Run
+    run_artefact: Run
+    tried: int = 0
+    gap: float = 0.0
+    flips: int = 0
+    nonfinite: int = 0
+    first_flip: Flip | None = None
+    _kept: list[tuple[float, Array]] = field(default_factory=list)
+
+    def see(self, inputs: Array, origins: Array, step: int) -> Array:
+        """Confirm inputs, of which ``origins`` are the real samples, and return the network's."""
+        import numpy as np
+
+        want, got = self.run_reference(inputs), self.run_artefact(inputs)
+        self.tried += len(inputs)
+        finite = np.isfinite(want).all(axis=1) & np.isfinite(got).all(axis=1)
+        self.nonfinite += int((~finite).sum())
+        gaps = np.where(finite, np.abs(got - want).max(axis=1), np.inf)
+        flipped = finite & (want.argmax(axis=1) != got.argmax(axis=1))
+        self.gap = max(self.gap, float(gaps[finite].max(initial=0.0)))
+        self.flips += int(flipped.sum())
+        for i in np.flatnonzero(flipped)[:1] if self.first_flip is None else ():
+            self.first_flip = Flip(
+                step=step,
+                distance=float(np.abs(inputs[i] - origins[i]).max()),
+                reference=int(want[i].argmax()),
+                artefact=int(got[i].argmax()),
+            )
+        worth = np.where(flipped, gaps + 1e30, gaps)  # flips before gaps, however large
+        for i in np.argsort(-worth)[:_MOST_KEPT]:
+            self._kept.append((float(worth[i]), inputs[i].copy()))
+        self._kept.sort(key=lambda pair: -pair[0])
+        del self._kept[_MOST_KEPT:]
+        return want
+
+    def halve(self, inputs: Array, origins: Array, step: int) -> None:
+        """Halve the way from each sample to where the network's label has changed."""
+        import numpy as np
+
+        before = self.run_reference(origins).argmax(axis=1)
+        crossed = self.run_reference(inputs).argmax(axis=1) != before
+        if not crossed.any():
+            return
+        near, far, label = origins[crossed], inputs[crossed], before[crossed]
+        start = near
+        for _ in range(_HALVINGS):
+            middle = ((near + far) / 2).astype(inputs.dtype)
+            same = self.run_reference(middle).argmax(axis=1) == label
+            same = same.reshape(-1, *[1] * (middle.ndim - 1))
+            near, far = np.where(same, middle, near), np.where(same, far, middle)
+        self.see(near, start, step)
+        self.see(far, start, step)
+
+    def inputs(self) -> Array:
+        """Return the worst inputs, (K, C, H, W) float32."""
+        import numpy as np
+
+        kept: Array = np.stack([pair[1] for pair in self._kept])
+        return kept

@@ -83,7 +83,7 @@ def new_bundle(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def extended_bundle(final: Path, part: str) -> Iterator[Path]:
-    """Yield a new folder for ``part`` of a bundle; publish the bundle with it if nothing was raised.
+    """Yield a new folder for ``part`` of a bundle; publish them if nothing was raised.
 
     Everything else is taken over as it is, and so is what the manifest says of it: a file that had
     changed stays one that the manifest does not vouch for. Raises `OutputError` as `new_bundle`.

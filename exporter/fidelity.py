@@ -66,15 +66,21 @@ def compare_layers(
     layer's error may be what its steps explain. Raises `GraphError` if a node cannot be emulated.
     """
     known: Values = {name: _as_tensor(value) for name, value in found.items()}
+    absent: dict[str, Step] = {}
     with torch.inference_mode():
         for step in asked.steps:
             inputs = [asked.value(name, known) for name in step.reads]
             for name, want in asked.compute(step, inputs).items():
                 if name not in found:
                     known[name] = want
+                    absent[name] = step
                 elif want.is_floating_point():
                     got = known[name]
-                    yield _error(asked, step, name, inputs, want, got, quantising=quantising)
+                    error = _error(asked, step, name, inputs, want, got, quantising=quantising)
+                    lost = [name for name in step.reads if name in absent]
+                    if lost and error.exceeds(LIMIT) and not quantising:
+                        error = _missing(asked, absent[lost[0]], lost[0], error)
+                    yield error
 
 
 def first_deviation(errors: Sequence[LayerError], *, limit: float = LIMIT) -> LayerError | None:
@@ -133,6 +139,18 @@ def layer_name(asked: Emulator, step: Step) -> str:
         if (reader := next(readers, None)) is not None:
             return layer_name(asked, reader)
     return step.name.partition("/")[0]
+
+
+def _missing(asked: Emulator, step: Step, tensor: str, seen: LayerError) -> LayerError:
+    """Return a reader's error as that of the node that is not there."""
+    return LayerError(
+        layer=layer_name(asked, step),
+        op=step.op,
+        tensor=tensor,
+        multiple=None,
+        relative=seen.relative,
+        detail=f"is missing, which {seen.layer} should read",
+    )
 
 
 def _error(

@@ -421,9 +421,9 @@ class LayerError(Found, frozen=True):
 
     def __str__(self) -> str:
         if self.multiple is None:
-            return f"{self.layer} ({self.op}): {self.tensor!r} {self.detail}"
+            return f"{self.layer} ({self.op}), where {self.tensor!r} {self.detail}"
         where = f" in {self.detail}" if self.detail else ""
-        return f"{self.layer} ({self.op}) is off by {self.multiple:.3g} times its rounding{where}"
+        return f"{self.layer} ({self.op}), off by {self.multiple:.3g} times its rounding{where}"
 
 
 class Fidelity(Found, frozen=True):

@@ -66,8 +66,13 @@ def findings(report: Report) -> Iterator[str]:
             yield f"{variant.precision}: {variant.refused}"
         for artefact in variant.artefacts:
             yield from (f"{artefact.name}: {why}" for why in _of_artefact(artefact))
-            if artefact.parity and any(parity.failures for parity in artefact.parity):
+            if _is_faithful(artefact) and any(parity.failures for parity in artefact.parity):
                 yield from (f"{artefact.name}: {line}" for line in _of_quality(variant))
+
+
+def _is_faithful(artefact: Artefact) -> bool:
+    fidelity = artefact.rung.fidelity if artefact.rung else None
+    return fidelity is not None and fidelity.verdict == "pass"
 
 
 def _of_artefact(artefact: Artefact) -> Iterator[str]:
@@ -91,7 +96,7 @@ def _of_quality(variant: Variant) -> Iterator[str]:
 def _loss(loss: LayerError) -> str:
     if loss.relative is None or loss.multiple is None:
         return f"{loss.layer} ({loss.detail})"
-    return f"{loss.layer} ({loss.relative:.1%}, {loss.multiple:.2g} times what it must)"
+    return f"{loss.layer} ({100 * loss.relative:.2g} %, {loss.multiple:.2g} times what it must)"
 
 
 def _step(rung: Rung) -> Step:

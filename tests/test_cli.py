@@ -91,7 +91,7 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):
 def test_the_report_counts_what_the_document_counts(exported):
     _, folder = exported
     report = json.loads((folder / "build/report.json").read_text("utf-8"))
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["source"]["parameters"] == 11_178_378
     costs = {v["precision"]: v["cost"] for v in report["variants"]}
     assert {cost["macs"] for cost in costs.values()} == {90_668_288}
@@ -130,6 +130,17 @@ def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path):
     assert done.returncode == 1
     assert re.search(r"missed: fp32 on ort-cpu: sqnr_db \d+\.\d* < 500 on the 360", done.stdout)
     assert (tmp_path / "build/report.md").read_text("utf-8").startswith("# resnet18: FAIL")
+
+
+def test_a_gate_that_the_samples_are_too_few_for_says_how_many_and_exits_1(tmp_path):
+    gate = "precision.fp32.tolerance.agreement=0.999"
+    done = command(*QUICK, "-p", "fp32", "--set", gate, cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "not enough evidence: fp32 on ort-cpu: 360 of 360 agree on the 360 held-out digits, which "
+        "proves 99.17%; 99.9% would need 2,995 samples without a disagreement"
+    ) in done.stdout
+    assert done.stdout.rstrip().endswith("not enough evidence: build/report.md")
 
 
 # ── Bad input: one sentence, the documented exit code, nothing left behind ──────────

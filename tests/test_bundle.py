@@ -64,7 +64,7 @@ def test_a_bundle_gets_its_name_when_it_is_whole_and_not_before(final):
 def test_the_manifest_pins_every_file_by_its_hash_and_size(final):
     publish(final, "hello")
     table = json.loads((final / MANIFEST).read_text("utf-8"))
-    assert (table["schema"], table["tool"], table["environment"]) == (1, "test 1", {"python": "3"})
+    assert (table["schema"], table["tool"], table["environment"]) == (2, "test 1", {"python": "3"})
     digest = hashlib.sha256(b"hello").hexdigest()
     assert table["files"] == [
         {"name": "a.txt", "sha256": digest, "size": 5},

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
 from exporter.plugins import load_model, names
 from exporter.runtimes._cuda import missing_gpu
+from exporter.samples import digits
 
 QUICK = ["--input", "1x64x64", "--set", "timing.runs=5", "--set", "calibration.images=32"]
 
@@ -33,10 +35,28 @@ def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def weights(tmp_path_factory) -> Path:
+    """The built-in weights, trained at 224, shifted to give two classes at 64, not one alone."""
+    model = load_model("resnet18")
+    state, module = load_file(model.weights), model.module()
+    module.load_state_dict(state)
+    held_out = torch.from_numpy(digits((1, 64, 64), "held-out").inputs)
+    with torch.inference_mode():
+        outputs = torch.cat([module(part) for part in held_out.split(60)])
+    first, second = outputs.mean(dim=0).topk(2).indices
+    lead = (outputs[:, first] - outputs[:, second]).sort().values
+    widest = lead.diff().argmax()
+    state["block6.2.bias"][second] += lead[widest : widest + 2].mean()
+    path = tmp_path_factory.mktemp("weights") / "shifted.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, weights) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The main job, end to end on the real digits, at a reduced size."""
     folder = tmp_path_factory.mktemp("cli")
-    return command(*QUICK, cwd=folder), folder
+    return command(*QUICK, "--weights", str(weights), cwd=folder), folder
 
 
 def test_the_main_job_ends_well_and_says_where_the_report_lies(exported):
@@ -91,7 +111,7 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):
 def test_the_report_counts_what_the_document_counts(exported):
     _, folder = exported
     report = json.loads((folder / "build/report.json").read_text("utf-8"))
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["source"]["parameters"] == 11_178_378
     costs = {v["precision"]: v["cost"] for v in report["variants"]}
     assert {cost["macs"] for cost in costs.values()} == {90_668_288}
@@ -100,9 +120,9 @@ def test_the_report_counts_what_the_document_counts(exported):
     assert costs["fp16"]["weight_bytes"] > 1.9 * costs["int8"]["weight_bytes"]
 
 
-def test_it_can_be_run_again_over_its_own_bundle(exported):
+def test_it_can_be_run_again_over_its_own_bundle(exported, weights):
     _, folder = exported
-    done = command(*QUICK, "--precision", "fp16", cwd=folder)
+    done = command(*QUICK, "--weights", str(weights), "--precision", "fp16", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (folder / "build").glob("*.onnx")] == ["resnet18.fp16.onnx"]
 
@@ -130,6 +150,17 @@ def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path):
     assert done.returncode == 1
     assert re.search(r"missed: fp32 on ort-cpu: sqnr_db \d+\.\d* < 500 on the 360", done.stdout)
     assert (tmp_path / "build/report.md").read_text("utf-8").startswith("# resnet18: FAIL")
+
+
+def test_a_gate_that_the_samples_are_too_few_for_says_how_many_and_exits_1(tmp_path):
+    gate = "precision.fp32.tolerance.agreement=0.999"
+    done = command(*QUICK, "-p", "fp32", "--set", gate, cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "not enough evidence: fp32 on ort-cpu: 360 of 360 agree on the 360 held-out digits, which "
+        "proves 99.17%; 99.9% would need 2,995 samples without a disagreement"
+    ) in done.stdout
+    assert done.stdout.rstrip().endswith("not enough evidence: build/report.md")
 
 
 # ── Bad input: one sentence, the documented exit code, nothing left behind ──────────

@@ -12,7 +12,7 @@ import pytest
 from conftest import refused
 from markdown_it import MarkdownIt
 from rich.console import Console
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 from exporter.errors import InputRefused
 from exporter.profile import load_profile
@@ -71,10 +71,16 @@ def parity(**changed) -> Parity:
         max_abs=0.125,
         rel_l2=0.01,
         cosine=0.9999,
-        agreement=351 / 360,
-        accuracy=342 / 360,
-        reference_accuracy=351 / 360,
+        margin_used=0.25,
         noise_floor=2e-7,
+        agreeing=351,
+        undecided=0,
+        classes=9,
+        labels=10,
+        reference_correct=351,
+        lost=10,
+        gained=1,
+        constant=(),
         nonfinite_reference=0,
         nonfinite_candidate=0,
         tolerance=Tolerance(),
@@ -86,6 +92,16 @@ GOOD = parity(tolerance=Tolerance(sqnr_db=30.0, agreement=0.5))
 BAD = parity(tolerance=Tolerance(sqnr_db=50.0, agreement=0.5))
 PASSED = Artefact("fp32", "ort-cpu", File("n.fp32.onnx", "ab" * 32, 1234567), parity=(GOOD,))
 FAILED = Artefact("int8", "ort-cpu", File("n.int8.onnx", "cd" * 32, 345678), parity=(BAD,))
+UNSHOWN = Artefact(
+    "fp16",
+    "ort-cpu",
+    File("n.fp16.onnx", "ab" * 32, 2345678),
+    parity=(parity(agreeing=360, lost=0, gained=0, tolerance=Tolerance(agreement=0.999)),),
+)
+TOO_FEW = (
+    "fp16 on ort-cpu: 360 of 360 agree on the 360 held-out digits, which proves 99.17%; 99.9% "
+    "would need 2,995 samples without a disagreement"
+)
 NOT_RUN = Artefact(
     "fp16",
     "tensorrt-rtx",
@@ -166,7 +182,8 @@ def loads(text: str):
 
 
 @pytest.mark.parametrize(
-    "artefacts", [(), (PASSED,), (FAILED,), (NOT_RUN,), (REFUSED,), (PASSED, FAILED, NOT_RUN)]
+    "artefacts",
+    [(), (PASSED,), (FAILED,), (NOT_RUN,), (REFUSED,), (UNSHOWN,), (PASSED, FAILED, NOT_RUN)],
 )
 def test_a_report_reads_back_as_it_was_written(artefacts):
     one = report(*artefacts)
@@ -182,7 +199,15 @@ def test_a_report_of_odd_names_reads_back_as_it_was_written(name):
 
 def test_what_could_not_be_computed_and_what_is_exact_read_back_too():
     broken = parity(
-        max_abs=None, rel_l2=None, cosine=None, agreement=None, nonfinite_candidate=3, accuracy=None
+        max_abs=None,
+        rel_l2=None,
+        cosine=None,
+        margin_used=None,
+        agreeing=None,
+        reference_correct=None,
+        lost=None,
+        gained=None,
+        nonfinite_candidate=3,
     )
     exact = parity(rel_l2=0.0, max_abs=0.0)
     artefact = msgspec.structs.replace(PASSED, parity=(broken, exact))
@@ -196,7 +221,7 @@ def test_what_could_not_be_computed_and_what_is_exact_read_back_too():
 
 def test_the_json_has_every_figure_that_follows_from_the_record():
     table = loads(record.render(report(PASSED, FAILED)))
-    assert (table["schema"], table["verdict"]) == (1, "fail")
+    assert (table["schema"], table["verdict"]) == (2, "fail")
     assert table["failures"] == [
         "int8 on ort-cpu: sqnr_db 40 < 50 on the 360 held-out digits",
     ]
@@ -209,6 +234,20 @@ def test_the_json_has_every_figure_that_follows_from_the_record():
     assert figures["sqnr_db"] == pytest.approx(40.0)
     assert figures["noise_multiple"] == pytest.approx(50_000)
     assert figures["accuracy_drop"] == pytest.approx(9 / 360)
+    assert (figures["lost"], figures["gained"]) == (10, 1)
+    assert figures["accuracy"] == pytest.approx(342 / 360)
+    assert figures["reference_accuracy"] == pytest.approx(351 / 360)
+    assert figures["agreement"] == pytest.approx(351 / 360)
+    least, most = (
+        getattr(binomtest(351, 360, alternative=side).proportion_ci(0.95, "exact"), end)
+        for side, end in (("greater", "low"), ("less", "high"))
+    )
+    assert figures["agreement_proven"] == pytest.approx(least)
+    assert figures["agreement_possible"] == pytest.approx(most)
+    least, most = figures["accuracy_drop_bounds"]
+    assert 0 < least < 9 / 360 < most < 0.05
+    assert (figures["margin_used"], figures["classes"], figures["labels"]) == (0.25, 9, 10)
+    assert table["unproven"] == passed["unproven"] == []
     cost = table["variants"][0]["cost"]
     assert (cost["macs"], cost["flops"], cost["parameters"]) == (17640000, 35280000, 3200)
     assert (cost["weight_bytes"], cost["activation_bytes"]) == (12800, 2880000)
@@ -219,10 +258,11 @@ def test_the_json_has_every_figure_that_follows_from_the_record():
     assert (latency["samples"], latency["samples_ms"]) == (3, [8.0, 6.0, 7.0])
 
 
-@pytest.mark.parametrize("artefact", [NOT_RUN, PASSED, FAILED, REFUSED])
+@pytest.mark.parametrize("artefact", [NOT_RUN, PASSED, FAILED, REFUSED, UNSHOWN])
 def test_the_json_says_what_became_of_each_artefact(artefact):
     entry = loads(record.render(report(artefact)))["variants"][0]["artefacts"][0]
     verdicts = {NOT_RUN: "not checked", PASSED: "pass", FAILED: "fail", REFUSED: "fail"}
+    verdicts[UNSHOWN] = "not enough evidence"
     assert entry["verdict"] == verdicts[artefact]
     assert entry["not_run"] == artefact.not_run
     assert entry["refused"] == artefact.refused
@@ -241,7 +281,10 @@ def test_keys_of_a_newer_version_are_ignored():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "not json", '{"schema": 1', b"\xff", b'{"schema": 1, "tool": "\xff"}'],
+    [
+        *("", "{}", "[]", "null", "not json", '{"schema": 2', '{"schema": 2}', '{"schema": "2"}'),
+        *(b"\xff", b'{"schema": 2, "tool": "\xff"}'),
+    ],
 )
 def test_what_is_no_report_is_refused(text):
     with refused(InputRefused, "not a report"):
@@ -253,11 +296,11 @@ def test_a_report_that_nests_without_end_is_refused():
         record.parse('{"profile": ' + "[" * 100_000)
 
 
-@pytest.mark.parametrize("schema", [0, 2, 99])
-def test_a_report_of_another_schema_is_refused(schema):
-    text = record.render(report(PASSED, schema=schema))
-    with refused(InputRefused, f"schema {schema}", "1 can be read"):
-        record.parse(text)
+@pytest.mark.parametrize("schema", [0, 1, 3, 99])
+def test_a_report_of_another_schema_is_refused_whatever_else_is_in_it(schema):
+    for text in (record.render(report(PASSED, schema=schema)), f'{{"schema": {schema}}}'):
+        with refused(InputRefused, f"schema {schema}", "2 can be read"):
+            record.parse(text)
 
 
 # ── Markdown ────────────────────────────────────────────────────────────────────────
@@ -314,6 +357,7 @@ def test_the_markdown_is_a_page_with_the_verdict_at_its_top():
     for artefacts, verdict in (
         ((PASSED,), "PASS"),
         ((PASSED, FAILED), "FAIL"),
+        ((PASSED, UNSHOWN), "NOT ENOUGH EVIDENCE"),
         ((NOT_RUN,), "NOT CHECKED"),
         ((), "NOT CHECKED"),
     ):
@@ -389,8 +433,11 @@ def test_the_parity_table_shows_gates_and_verdicts_beside_every_figure():
         "40.0 dB",
         "1.0e-04",
         "97.50%",
-        "≥ 95.68%",  # of 351 in 360, by scipy.stats.binomtest
+        "≥ 95.67%",  # of 351 in 360, 0.956780 by scipy.stats.binomtest
+        "25%",
+        "9 of 10",
         "95.00%",
+        "2.50% (1.01% to 4.35%)",
         "5e+04",
         "sqnr_db ≥ 30, agreement ≥ 0.5",
         "pass",
@@ -409,11 +456,12 @@ def test_an_artefact_without_gates_is_shown_as_not_checked():
 def test_an_exact_candidate_is_called_exact_and_a_broken_one_has_no_figures():
     exact = msgspec.structs.replace(PASSED, parity=(parity(rel_l2=0.0),))
     assert tables(report(exact))["artefact"][-1][3] == "exact"
-    nothing = dict.fromkeys(("max_abs", "rel_l2", "cosine", "agreement", "accuracy"))
+    distances = ("max_abs", "rel_l2", "cosine", "margin_used")
+    nothing = dict.fromkeys((*distances, "agreeing", "reference_correct", "lost", "gained"))
     broken = parity(**nothing, nonfinite_candidate=9)
     one = report(msgspec.structs.replace(PASSED, parity=(broken,)))
     row = tables(one)["compared with float64 PyTorch"][-1]
-    assert row[2:] == ["", "", "", "", "", "", "", "", "none", "fail"]
+    assert row[2:] == ["", "", "", "", "", "", "", "9 of 10", "", "", "", "none", "fail"]
     assert any("9 outputs of the candidate are NaN or infinite" in item for item in items(one))
 
 
@@ -452,7 +500,7 @@ def test_a_table_shows_any_name_as_it_is(name):
     assert found["graph"][0][-1] == f"1 × {name}"
     rows = {row[0]: row for row in found["artefact"]}
     assert rows["fp16 on tensorrt-rtx"][2] == f"not checked: built, not run: {name}"
-    heads = {"artefact": 8, "compared with float64 PyTorch": 12, "graph": 7, "layer": 7}
+    heads = {"artefact": 8, "compared with float64 PyTorch": 15, "graph": 7, "layer": 7}
     for head, columns in heads.items():
         assert {len(row) for row in found[head]} == {columns}
 
@@ -532,6 +580,37 @@ def test_the_terminal_shows_verdicts_failures_and_where_the_rest_is():
     assert "1 of 1 BatchNorms folded" in text
 
 
+def test_what_is_not_shown_is_said_with_what_it_would_take():
+    one = report(PASSED, UNSHOWN)
+    text = printed(one)
+    assert f"not enough evidence: {TOO_FEW}" in text
+    assert text.rstrip().splitlines()[-1] == "not enough evidence: build/report.md"
+    assert f"Not enough evidence: {TOO_FEW}" in items(one)
+    rows = {row[0]: row[1:] for row in tables(one)["artefact"]}
+    assert rows["fp16 on ort-cpu"][1] == "not enough evidence"
+    table = loads(record.render(one))
+    assert (table["verdict"], table["unproven"]) == ("not enough evidence", [TOO_FEW])
+
+
+def test_the_terminal_says_what_the_samples_show_of_each_artefact():
+    said = next(x for x in printed(report(PASSED)).splitlines() if "351 of 360 agree" in x)
+    assert said.startswith(
+        "fp32 on ort-cpu: 351 of 360 agree, proven ≥ 95.67%; accuracy drop 2.50%"
+    )
+    assert said.rstrip().endswith("margin used 25%; classes 9 of 10")
+
+
+def test_every_verdict_has_a_colour_of_its_own():
+    shown = {"PASSED": PASSED, "FAILED": FAILED, "UNSHOWN": UNSHOWN, "NOT_RUN": NOT_RUN}
+    last = {}
+    for name, artefact in shown.items():
+        stream = io.StringIO()
+        console = Console(file=stream, width=240, force_terminal=True, color_system="standard")
+        console.print(terminal.render(report(artefact), Path("build")))
+        last[name] = stream.getvalue().rstrip().splitlines()[-1].partition("m")[0]
+    assert len(set(last.values())) == 4
+
+
 def test_the_terminal_never_says_pass_of_what_was_not_run():
     lines = printed(report(PASSED, NOT_RUN)).splitlines()
     said = [line for line in lines if "fp16 on tensorrt-rtx" in line]
@@ -566,9 +645,33 @@ def test_one_minus_a_cosine_in_words(cosine, words):
     assert figures.one_minus(cosine) == words
 
 
+@pytest.mark.parametrize(
+    ("used", "undecided", "words"),
+    [
+        (None, 0, ""),
+        (None, 4, "4 undecided"),
+        (0.0, 0, "0%"),
+        (0.000031, 0, "0.0031%"),
+        (0.0521, 2, "5.2%, 2 undecided"),
+        (0.996, 0, "100%"),
+        (1.424, 0, "142%"),
+        (1e300, 0, "1000% or more"),
+    ],
+)
+def test_the_margin_used_in_words(used, undecided, words):
+    assert figures.margin(parity(margin_used=used, undecided=undecided)) == words
+
+
+def test_what_samples_prove_in_words_still_holds():
+    assert figures.proven(parity(agreeing=360)) == "≥ 99.17%"  # 0.05 ** (1/360) = 0.991713
+    assert figures.proven(parity(agreeing=None)) == ""
+    assert figures.drop(parity(lost=0, gained=0)) == "0.00% (-0.83% to 0.83%)"  # 0.0082869
+    assert figures.drop(parity(lost=None, gained=None)) == ""
+
+
 def test_gates_in_words():
-    gates = parity(tolerance=Tolerance(max_abs=1e-3, sqnr_db=50.0, agreement=1.0))
-    assert figures.gates(gates) == "max_abs ≤ 0.001, sqnr_db ≥ 50, agreement ≥ 1"
+    gates = parity(tolerance=Tolerance(max_abs=1e-3, sqnr_db=50.0, agreement=0.99))
+    assert figures.gates(gates) == "max_abs ≤ 0.001, sqnr_db ≥ 50, agreement ≥ 0.99"
     assert figures.gates(parity()) == "none"
 
 

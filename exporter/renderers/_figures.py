@@ -127,7 +127,7 @@ def shown(artefact: Artefact) -> Iterator[str]:
         if parity.labels is not None and parity.agreeing is not None:
             yield (
                 f"{parity.agreeing} of {parity.samples} agree, proven {proven(parity)}; accuracy "
-                f"drop {drop(parity)}; margin used {margin(parity)}; {classes(parity)} classes"
+                f"drop {drop(parity)}; margin used {margin(parity)}; classes {classes(parity)}"
             )
 
 

@@ -38,7 +38,7 @@ def parse(text: str | bytes) -> Report:
         if found != SCHEMA:
             raise InputRefused(f"a report of schema {found}, where {SCHEMA} can be read")
         return msgspec.json.decode(text, type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputRefused(f"not a report of this tool: {error}") from error
 
 

@@ -641,8 +641,23 @@ class Artefact(Found, frozen=True):
         return tuple(phrase for parity in self.parity for phrase in parity.unproven)
 
     @property
-    def verdict(self) -> Verdict:
+    def fidelity(self) -> Verdict:
+        """Return whether it computes the graph that was asked for."""
+        if self.refused:
+            return "fail"
+        found = self.rung.fidelity if self.rung else None
+        return found.verdict if found else "not checked"
+
+    @property
+    def quality(self) -> Verdict:
+        """Return whether that graph is good enough, which is what the profile's gates say."""
         return "fail" if self.refused else _worst(parity.verdict for parity in self.parity)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return both in one word: a pass is a pass of both."""
+        said = (self.fidelity, self.quality)
+        return "not checked" if set(said) == {"pass", "not checked"} else _worst(said)
 
 
 class Variant(Found, frozen=True):

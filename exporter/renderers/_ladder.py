@@ -99,6 +99,13 @@ def _loss(loss: LayerError) -> str:
     return f"{loss.layer} ({100 * loss.relative:.2g} %, {loss.multiple:.2g} times what it must)"
 
 
+def share(loss: LayerError | None) -> str:
+    """Return what a layer loses, and in brackets in multiples of what it must."""
+    if loss is None or loss.relative is None or loss.multiple is None:
+        return "" if loss is None else loss.detail or ""
+    return f"{100 * loss.relative:.2g} % ({loss.multiple:.2g})"
+
+
 def _step(rung: Rung) -> Step:
     fidelity = rung.fidelity
     return Step(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from exporter.records import Artefact, Cost, Latency, Parity, Report
 from exporter.renderers import _figures as figures
+from exporter.renderers import _ladder as ladder
 
 
 def render(report: Report) -> str:
@@ -13,6 +14,8 @@ def render(report: Report) -> str:
     sections = (
         _head(report),
         _artefacts(report),
+        _ladder(report),
+        _losses(report),
         _parity(report),
         _fold(report),
         _cost(report),
@@ -70,6 +73,43 @@ def _targets(artefact: Artefact) -> tuple[str, ...]:
     return (f"one engine for {targets}, built in {artefact.build_seconds:.1f} s",)
 
 
+def _ladder(report: Report) -> list[str]:
+    return [
+        "## Fidelity: does each artefact compute the graph that was asked for?",
+        "",
+        *_table(ladder.HEADS, ladder.steps(report)),
+        "",
+        "Each step's error is ‖y − r‖ / ‖r‖ on the held-out samples, beside the step it came from "
+        "and beside float64 PyTorch; flips are samples whose largest output is another one. × its "
+        "precision is the error end to end in multiples of what rounding to the declared types "
+        "must cause, emulated on the graph that was asked for; layers are compared one by one, on "
+        "the artefact's own tensors, each in multiples of its own rounding.",
+        *([""] if any(ladder.findings(report)) else []),
+        *(f"- {_escape(line)}" for line in ladder.findings(report)),
+    ]
+
+
+def _losses(report: Report) -> list[str]:
+    """Show what each layer loses by its precision, for the precisions that lose."""
+    lossy = [variant for variant in report.variants if variant.losses]
+    if not lossy:
+        return []
+    names = list(dict.fromkeys(loss.layer for variant in lossy for loss in variant.losses))
+    by_name = [{loss.layer: loss for loss in variant.losses} for variant in lossy]
+    return [
+        "## What each layer loses by its precision",
+        "",
+        *_table(
+            ("layer", *(variant.precision for variant in lossy)),
+            ((name, *(ladder.share(part.get(name)) for part in by_name)) for name in names),
+        ),
+        "",
+        "Each layer by itself, from inputs in FP32: the error of its output, and in brackets its "
+        "worst channel in multiples of what the precision must lose there. Well above 1 it loses "
+        "more, say because values beyond the calibrated range are clipped.",
+    ]
+
+
 def _parity(report: Report) -> list[str]:
     heads = (
         *("compared with float64 PyTorch", "on", "largest error", "relative L2", "SQNR"),
@@ -80,7 +120,7 @@ def _parity(report: Report) -> list[str]:
     named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
     reference = report.pytorch[0].reference_accuracy
     return [
-        "## Parity",
+        "## Quality: is that graph good enough?",
         "",
         *_table(heads, (_parity_row(name, parity, said) for name, parity, said in named)),
         "",

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from exporter.errors import InputRefused
-from exporter.records import SCHEMA, Artefact, Cost, Found, Latency, Parity, Report
+from exporter.records import SCHEMA, Artefact, Cost, Found, Latency, Parity, Report, Rung
 
 
 def render(report: Report) -> str:
@@ -26,6 +26,8 @@ def render(report: Report) -> str:
             entry["cost"] |= _cost(variant.cost)
         for artefact, part in zip(variant.artefacts, entry["artefacts"], strict=True):
             part |= _artefact(artefact, part)
+    for rung, entry in zip(report.rungs, table["rungs"], strict=True):
+        _rung(rung, entry)
     for latency, entry in zip(report.latency, table["latency"], strict=True):
         entry |= _latency(latency)
     return msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n"
@@ -51,9 +53,13 @@ class _Schema(Found, frozen=True):
 def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
     for parity, entry in zip(artefact.parity, part["parity"], strict=True):
         entry |= _parity(parity)
+    if artefact.rung:
+        _rung(artefact.rung, part["rung"])
     return {
         "name": artefact.name,
         "verdict": artefact.verdict,
+        "fidelity": artefact.fidelity,
+        "quality": artefact.quality,
         "failures": list(artefact.failures),
         "unproven": list(artefact.unproven),
     }
@@ -72,6 +78,15 @@ def _parity(parity: Parity) -> dict[str, Any]:
         "accuracy_drop": parity.accuracy_drop,
         "accuracy_drop_bounds": parity.accuracy_drop_bounds,
     }
+
+
+def _rung(rung: Rung, entry: dict[str, Any]) -> None:
+    if rung.fidelity:
+        entry["fidelity"] |= {
+            "verdict": rung.fidelity.verdict,
+            "multiple": rung.fidelity.multiple,
+            "failures": list(rung.fidelity.failures),
+        }
 
 
 def _cost(cost: Cost) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from exporter.renderers import _figures as figures
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
+_VERDICTS = ("fidelity", "quality")
 COLOURS: dict[str, str] = {
     "pass": "green",
     "fail": "bold red",
@@ -26,12 +28,14 @@ def render(report: Report, folder: Path) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head, justify in zip(figures.HEADS, ("left", "right", "left", *["right"] * 5), strict=True):
+    for field, head in zip(figures.Row._fields, figures.HEADS, strict=True):
+        justify = "left" if field in ("artefact", *_VERDICTS) else "right"
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
     for row in figures.rows(report):
-        cells = [Text(cell) for cell in row]
-        verdict = row.verdict.partition(":")[0]  # the reason stands below the table
-        cells[2] = Text(verdict, style=COLOURS.get(verdict.lower(), ""))
+        cells = [
+            _verdict(cell) if field in _VERDICTS else Text(cell)
+            for field, cell in zip(row._fields, row, strict=True)
+        ]
         table.add_row(*cells)
     fold = report.fold
     lines: list[RenderableType] = [
@@ -52,6 +56,14 @@ def render(report: Report, folder: Path) -> RenderableType:
         Text(f"{report.verdict}: {folder / 'report.md'}", style=COLOURS[report.verdict]),
     ]
     return Group(*lines)
+
+
+def _verdict(said: str) -> Text:
+    """Return a verdict in its colour; the reason stands below the table."""
+    from rich.text import Text
+
+    word = said.partition(":")[0]
+    return Text(word, style=COLOURS.get(word.lower(), ""))
 
 
 def not_run(report: Report) -> list[str]:

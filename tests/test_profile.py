@@ -45,7 +45,6 @@ def test_the_default_profile_asks_for_three_precisions_on_two_runtimes():
 def test_the_default_profile_leaves_no_precision_without_gates():
     for choice in load_profile("default").precision.values():
         assert choice.tolerance.bounds()
-        assert choice.random_tolerance.bounds()
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -21,12 +21,15 @@ from exporter.records import (
     Artefact,
     Cost,
     Fate,
+    Fidelity,
     File,
     FoldRecord,
     Latency,
     LayerCost,
+    LayerError,
     Parity,
     Report,
+    Rung,
     Source,
     Stage,
     TensorSpec,
@@ -88,15 +91,43 @@ def parity(**changed) -> Parity:
     return msgspec.structs.replace(plain, **changed)
 
 
+def rung(name: str, *, error: float = 0.01, first: LayerError | None = None) -> Rung:
+    """A step whose outputs are at 0.5 times the noise floor, or wherever ``error`` puts them."""
+    fidelity = Fidelity(
+        against="PyTorch float64",
+        samples=12,
+        error=error,
+        floor=0.02,
+        limit=4.0,
+        layers=50,
+        worst=LayerError("block3.1", "Add", "add_1", 1.73, 2e-8, "channel 3 of 128"),
+        first=first,
+    )
+    return Rung(name, "folded", 360, 0.001, 0.01, 2, 3, fidelity)
+
+
 GOOD = parity(tolerance=Tolerance(sqnr_db=30.0, agreement=0.5))
 BAD = parity(tolerance=Tolerance(sqnr_db=50.0, agreement=0.5))
-PASSED = Artefact("fp32", "ort-cpu", File("n.fp32.onnx", "ab" * 32, 1234567), parity=(GOOD,))
-FAILED = Artefact("int8", "ort-cpu", File("n.int8.onnx", "cd" * 32, 345678), parity=(BAD,))
+PASSED = Artefact(
+    "fp32",
+    "ort-cpu",
+    File("n.fp32.onnx", "ab" * 32, 1234567),
+    parity=(GOOD,),
+    rung=rung("fp32 on ort-cpu"),
+)
+FAILED = Artefact(
+    "int8",
+    "ort-cpu",
+    File("n.int8.onnx", "cd" * 32, 345678),
+    parity=(BAD,),
+    rung=rung("int8 on ort-cpu"),
+)
 UNSHOWN = Artefact(
     "fp16",
     "ort-cpu",
     File("n.fp16.onnx", "ab" * 32, 2345678),
     parity=(parity(agreeing=360, lost=0, gained=0, tolerance=Tolerance(agreement=0.999)),),
+    rung=rung("fp16 on ort-cpu"),
 )
 TOO_FEW = (
     "fp16 on ort-cpu: 360 of 360 agree on the 360 held-out digits, which proves 99.17%; 99.9% "
@@ -138,6 +169,7 @@ def report(*artefacts: Artefact, **changed) -> Report:
         calibration="256 of the 1437 train digits, seed 0",
         fold=FoldRecord((Fate("block1.2", "Conv → BatchNorm", True, "into block1.0"),), 1.5e-15),
         pytorch=(parity(rel_l2=2e-7), parity(inputs="32 noise samples", rel_l2=3e-7)),
+        rungs=(Rung("PyTorch float32", "PyTorch float64", 360, 1e-7, 1e-7, 0, 0),),
         variants=tuple(Variant(a.precision, a.file, COST, artefacts=(a,)) for a in artefacts),
         latency=(
             Latency("PyTorch eager, fp32", 1, 2, 10, (8.0, 6.0, 7.0)),
@@ -368,7 +400,8 @@ def test_the_main_table_has_pytorch_and_each_artefact_with_its_figures():
     rows = {row[0]: row[1:] for row in tables(report(PASSED, FAILED, NOT_RUN))["artefact"]}
     assert rows["PyTorch eager, fp32"] == [
         "",
-        "the reference is its float64",
+        "the reference",
+        "is its float64",
         "134.0 dB",  # −20 log₁₀ 2e-7
         "97.50%",
         "95.00%",
@@ -378,13 +411,23 @@ def test_the_main_table_has_pytorch_and_each_artefact_with_its_figures():
     assert rows["fp32 on ort-cpu"] == [
         "1.2 MB",
         "pass",
+        "pass",
         "40.0 dB",
         "97.50%",
         "95.00%",
         "3.50 ms",
         "2.00 ×",
     ]
-    assert rows["int8 on ort-cpu"] == ["0.3 MB", "FAIL", "40.0 dB", "97.50%", "95.00%", "", ""]
+    assert rows["int8 on ort-cpu"] == [
+        "0.3 MB",
+        "pass",
+        "FAIL",
+        "40.0 dB",
+        "97.50%",
+        "95.00%",
+        "",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("others", [(), (PASSED,), (PASSED, FAILED)])
@@ -392,7 +435,7 @@ def test_what_was_not_run_is_said_not_to_be_checked_and_never_passes(others):
     one = report(*others, NOT_RUN)
     rows = {row[0]: row[1:] for row in tables(one)["artefact"]}
     said = rows["fp16 on tensorrt-rtx"]
-    assert said == ["2.3 MB", f"not checked: built, not run: {NO_GPU}", "", "", "", "", ""]
+    assert said == ["2.3 MB", *[f"not checked: built, not run: {NO_GPU}"] * 2, "", "", "", "", ""]
     lines = [line for line in markdown.render(one).splitlines() if "fp16 on tensorrt-rtx" in line]
     assert not any("pass" in line.lower() for line in lines)
     want = f"fp16 on tensorrt-rtx: built, not run: {NO_GPU}. Its numbers are not checked."
@@ -407,7 +450,7 @@ def test_what_was_built_for_several_targets_says_for_which():
 def test_what_could_not_be_made_fails_with_its_reason():
     one = report(REFUSED)
     rows = {row[0]: row[1:] for row in tables(one)["artefact"]}
-    assert rows["int8 on tensorrt"] == ["", "FAIL: not made", "", "", "", "", ""]
+    assert rows["int8 on tensorrt"] == ["", *["FAIL: not made"] * 2, "", "", "", "", ""]
     assert "int8 on tensorrt: TensorRT refused n.int8.onnx: no kernel" in items(one)
 
 
@@ -450,12 +493,13 @@ def test_an_artefact_without_gates_is_shown_as_not_checked():
     artefact = msgspec.structs.replace(PASSED, parity=(parity(),))
     rows = tables(report(artefact))
     assert rows["compared with float64 PyTorch"][-1][-2:] == ["none", "not checked"]
-    assert rows["artefact"][-1][2] == "not checked"
+    assert rows["artefact"][-1][2:4] == ["pass", "not checked"]
+    assert artefact.verdict == "not checked"
 
 
 def test_an_exact_candidate_is_called_exact_and_a_broken_one_has_no_figures():
     exact = msgspec.structs.replace(PASSED, parity=(parity(rel_l2=0.0),))
-    assert tables(report(exact))["artefact"][-1][3] == "exact"
+    assert tables(report(exact))["artefact"][-1][4] == "exact"
     distances = ("max_abs", "rel_l2", "cosine", "margin_used")
     nothing = dict.fromkeys((*distances, "agreeing", "reference_correct", "lost", "gained"))
     broken = parity(**nothing, nonfinite_candidate=9)
@@ -463,6 +507,43 @@ def test_an_exact_candidate_is_called_exact_and_a_broken_one_has_no_figures():
     row = tables(one)["compared with float64 PyTorch"][-1]
     assert row[2:] == ["", "", "", "", "", "", "", "9 of 10", "", "", "", "none", "fail"]
     assert any("9 outputs of the candidate are NaN or infinite" in item for item in items(one))
+
+
+def test_an_artefact_that_leaves_the_graph_fails_and_the_layer_is_named():
+    first = LayerError("block4.1.conv2", "Conv", "conv2d_9", 839.0, 1e-3, "channel 17 of 256")
+    one = report(
+        msgspec.structs.replace(PASSED, rung=rung("fp32 on ort-cpu", error=1.0, first=first))
+    )
+    rows = {row[0]: row for row in tables(one)["artefact"]}
+    assert rows["fp32 on ort-cpu"][2:4] == ["FAIL", "pass"]
+    steps = {row[0]: row for row in tables(one)["step"]}
+    assert steps["fp32 on ort-cpu"][-3:] == ["50.00 (at most 4)", "not block4.1.conv2", "FAIL"]
+    want = (
+        "fp32 on ort-cpu: it leaves the graph at block4.1.conv2 (Conv), off by 839 times its "
+        "rounding in channel 17 of 256"
+    )
+    assert want in items(one)
+    assert one.verdict == "fail"
+
+
+def test_the_ladder_says_what_each_step_adds():
+    steps = {row[0]: row for row in tables(report(PASSED, NOT_RUN))["step"]}
+    assert list(steps) == [
+        "PyTorch float64",
+        "PyTorch float32",
+        "fp32 on ort-cpu",
+        "fp16 on tensorrt-rtx",
+    ]
+    assert steps["fp32 on ort-cpu"][1:3] == ["folded", "1.0e-03 60 dB"]
+    assert steps["fp32 on ort-cpu"][4:] == [
+        "1.0e-02 40 dB",
+        "2",
+        "3",
+        "0.50 (at most 4)",
+        "all 50, worst 1.73",
+        "pass",
+    ]
+    assert steps["fp16 on tensorrt-rtx"][1:] == [*[""] * 8, "not checked"]
 
 
 def test_the_costs_are_totalled_and_what_was_not_counted_is_named():
@@ -500,7 +581,7 @@ def test_a_table_shows_any_name_as_it_is(name):
     assert found["graph"][0][-1] == f"1 × {name}"
     rows = {row[0]: row for row in found["artefact"]}
     assert rows["fp16 on tensorrt-rtx"][2] == f"not checked: built, not run: {name}"
-    heads = {"artefact": 8, "compared with float64 PyTorch": 15, "graph": 7, "layer": 7}
+    heads = {"artefact": 9, "step": 10, "compared with float64 PyTorch": 15, "graph": 7, "layer": 7}
     for head, columns in heads.items():
         assert {len(row) for row in found[head]} == {columns}
 
@@ -537,7 +618,7 @@ def test_the_foot_shows_the_machine_and_the_stages_as_they_are(name):
 def test_a_line_break_in_a_name_breaks_no_table():
     found = tables(odd_report("line\nbreak"))
     assert found["layer"][0][0] == "line break"
-    assert {len(row) for row in found["artefact"]} == {8}
+    assert {len(row) for row in found["artefact"]} == {9}
 
 
 def test_no_scripts_get_into_the_page():
@@ -587,7 +668,7 @@ def test_what_is_not_shown_is_said_with_what_it_would_take():
     assert text.rstrip().splitlines()[-1] == "not enough evidence: build/report.md"
     assert f"Not enough evidence: {TOO_FEW}" in items(one)
     rows = {row[0]: row[1:] for row in tables(one)["artefact"]}
-    assert rows["fp16 on ort-cpu"][1] == "not enough evidence"
+    assert rows["fp16 on ort-cpu"][1:3] == ["pass", "not enough evidence"]
     table = loads(record.render(one))
     assert (table["verdict"], table["unproven"]) == ("not enough evidence", [TOO_FEW])
 

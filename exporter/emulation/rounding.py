@@ -164,7 +164,7 @@ def _terms(
         axes = axes_of(attributes, x, given)
     count = math.prod(x.shape[axis] for axis in axes)
     keep = True if op == "GlobalAveragePool" else bool(attributes.get("keepdims", 1))
-    squares = (x**2).sum(dim=axes, keepdim=keep)
+    squares = (x**2).sum(dim=axes, keepdim=keep) if axes else x**2
     return float(count), squares / (1 if op == "ReduceSum" else count**2)
 
 

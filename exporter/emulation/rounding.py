@@ -62,7 +62,21 @@ def round_to(value: Tensor, dtype: int) -> Tensor:
     """Return the value as the type holds it; gradients pass straight through."""
     if dtype not in HALVES or not value.is_floating_point():
         return value
-    return value + (value.detach().to(HALVES[dtype]).double() - value).detach()
+    return value + (_to_odd(value.detach()).to(HALVES[dtype]).double() - value).detach()
+
+
+def _to_odd(value: Tensor) -> Tensor:
+    """Return the value as float32, such that rounding it again is rounding it once.
+
+    PyTorch rounds float64 to float32 on its way to a half, and so ties that are none. What is not
+    exact goes to the neighbour whose last bit is 1 (S. Boldo, G. Melquiond, IEEE Trans. Comput. 57
+    (2008)).
+    """
+    single = value.float()
+    off = value - single.double()
+    even = single.view(torch.int32) & 1 == 0
+    other = torch.nextafter(single, torch.copysign(torch.full_like(single, math.inf), off))
+    return torch.where((off != 0) & even, other, single)
 
 
 def variance(

@@ -117,8 +117,10 @@ class Emulator:
         generator = torch.Generator().manual_seed(seed)
         kept = {*self.outputs, *watch}
         last = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        values: Values = {name: feed[name].to(self.kind) for name in self.inputs}
         operators = LEAKY if arithmetic == "leaky" else OPERATORS
+        values: Values = {name: feed[name].to(self.kind) for name in self.inputs}
+        if arithmetic == "rounded":
+            values = {name: round_to(x, self.dtypes[name]) for name, x in values.items()}
         found = {name: value for name, value in values.items() if name in kept}
         for i, step in enumerate(self.steps):
             inputs = [self.value(name, values) for name in step.reads]
@@ -150,7 +152,12 @@ class Emulator:
             got = operators[step.op](step.attributes, *inputs)
         except NotImplementedError as error:
             raise GraphError(f"{step.name!r}: {step.op} with {error} has no emulation") from error
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise GraphError(f"{step.name!r}: {step.op} cannot be emulated: {reason}") from error
         parts = got if isinstance(got, tuple) else (got,)
+        if more := [name for name in step.writes[len(parts) :] if name]:
+            raise GraphError(f"{step.name!r}: {step.op} that gives {more[0]!r} has no emulation")
         return dict(zip(step.writes, parts, strict=False))
 
     def variance(
@@ -232,6 +239,8 @@ def _step(node: onnx.NodeProto, dtypes: Mapping[str, int]) -> Step:
         if isinstance(value, onnx.TensorProto):
             attributes[key] = _tensor(value)
     dtype = dtypes.get(node.output[0], 0)
+    if node.op_type == "Split":
+        attributes.setdefault("num_outputs", len(node.output))
     if node.op_type == "QuantizeLinear":
         zero = dtypes.get(node.input[2], 2) if len(node.input) > 2 else 2
         attributes["to"] = attributes.get("output_dtype") or zero

@@ -101,6 +101,8 @@ def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
 
 def _batch_norm(a: Attributes, x: Tensor, *of: Tensor) -> Tensor:
     along = (-1, *[1] * (x.ndim - 2))
+    if a.get("training_mode"):
+        raise NotImplementedError("training_mode")
     gamma, beta, mean, variance = (part.view(along) for part in of)
     return (x - mean) * (gamma / torch.sqrt(variance + a.get("epsilon", 1e-5))) + beta
 
@@ -111,9 +113,17 @@ def _batch_norm(a: Attributes, x: Tensor, *of: Tensor) -> Tensor:
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
     kernel = a["kernel_shape"]
     strides, dilations = a.get("strides", [1] * len(kernel)), a.get("dilations", [1] * len(kernel))
-    x, _ = _padded(a, x, kernel, strides, dilations, -math.inf)
+    padded, _ = _padded(a, x, kernel, strides, dilations, -math.inf)
     run = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
-    return run(x, kernel, strides, 0, dilations, bool(a.get("ceil_mode", 0)))
+    y: Tensor = run(padded, kernel, strides, 0, dilations, bool(a.get("ceil_mode", 0)))
+    return y[_windows(x, strides, _pads(a, x.shape[2:], kernel, strides, dilations))]
+
+
+def _windows(x: Tensor, strides: Sequence[int], pads: Sequence[int]) -> tuple[Any, ...]:
+    """Return which windows count: with ceil_mode, none that starts in the padding at the end."""
+    begins = pads[: len(strides)]
+    axes = zip(x.shape[2:], begins, strides, strict=True)
+    return (..., *(slice(math.ceil((n + begin) / s)) for n, begin, s in axes))
 
 
 def average_windows(a: Attributes, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +146,8 @@ def average_windows(a: Attributes, x: Tensor) -> tuple[Tensor, Tensor]:
         got: Tensor = run(values, *wide, 0, ceil_mode=ceil, divisor_override=1)
         return got if len(kernel) > 1 else got.squeeze(-2)
 
-    return summed(functional.pad(x, sides)), summed(padded)
+    windows = _windows(x, strides, pads)
+    return summed(functional.pad(x, sides))[windows], summed(padded)[windows]
 
 
 def _average_pool(a: Attributes, x: Tensor) -> Tensor:
@@ -149,13 +160,15 @@ def _global(reduce_axes: Callable[..., Tensor], _: Attributes, x: Tensor) -> Ten
 
 
 def _reduce(run: Callable[..., Tensor], a: Attributes, x: Tensor, *given: Tensor | None) -> Tensor:
-    return run(x, dim=axes_of(a, x, *given), keepdim=bool(a.get("keepdims", 1)))
+    axes = axes_of(a, x, *given)
+    return run(x, dim=axes, keepdim=bool(a.get("keepdims", 1))) if axes else x
 
 
 def axes_of(a: Attributes, x: Tensor, given: Tensor | None = None) -> tuple[int, ...]:
     """Return the axes that a reduction goes over: an attribute once, an input since opset 18."""
     axes = given.tolist() if given is not None else a.get("axes")
-    return tuple(axes) if axes else tuple(range(x.ndim))
+    every = () if a.get("noop_with_empty_axes") else range(x.ndim)
+    return tuple(axes or every)
 
 
 # ── Element by element ──────────────────────────────────────────────────────────────
@@ -182,6 +195,15 @@ def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
     return (alpha * x + beta).clamp(0, 1)
 
 
+def _selu(a: Attributes, x: Tensor) -> Tensor:
+    alpha, gamma = a.get("alpha", 1.6732632423543773), a.get("gamma", 1.0507009873554805)
+    return functional.elu(x, alpha) * float(gamma)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))  # torch's own is cut off at 20
+
+
 def _gelu(a: Attributes, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=a.get("approximate", b"none").decode())
 
@@ -194,6 +216,8 @@ def _cast(a: Attributes, x: Tensor) -> Tensor:
     whole = {6: torch.int32, 7: torch.int64, 9: torch.bool}
     if a["to"] in whole:
         return x.to(whole[a["to"]])
+    if a["to"] not in (1, 10, 11, 16):  # FLOAT, FLOAT16, DOUBLE, BFLOAT16
+        raise NotImplementedError(f"to={a['to']}")
     return x if x.is_floating_point() else x.double()
 
 
@@ -212,6 +236,8 @@ def along(part: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    if a["to"] not in LIMITS or a.get("block_size"):
+        raise NotImplementedError("block_size" if a.get("block_size") else f"type {a['to']}")
     low, high = LIMITS[a["to"]]
     scale = along(scale, x, a.get("axis", 1))
     zero = torch.zeros((), dtype=x.dtype) if zero is None else along(zero, x, a.get("axis", 1))
@@ -254,11 +280,17 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
     return torch.split(x, each, dim=axis)
 
 
-def _slice(a: Attributes, x: Tensor, *given: Tensor) -> Tensor:
-    lists = [part.tolist() for part in given]
-    starts, ends = lists[:2] if given else (a["starts"], a["ends"])
-    axes = lists[2] if len(lists) > 2 else a.get("axes", list(range(len(starts))))
-    steps = lists[3] if len(lists) > 3 else [1] * len(starts)
+def _slice(
+    _: Attributes,
+    x: Tensor,
+    first: Tensor,
+    last: Tensor,
+    along: Tensor | None = None,
+    by: Tensor | None = None,
+) -> Tensor:
+    starts, ends = first.tolist(), last.tolist()
+    axes = along.tolist() if along is not None else range(len(starts))
+    steps = by.tolist() if by is not None else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         chosen = range(x.shape[axis])[start:end:step]
         x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64))
@@ -326,17 +358,23 @@ def _resize(
     mode = a.get("mode", b"nearest").decode()
     where = a.get("coordinate_transformation_mode", b"half_pixel").decode()
     nearest = a.get("nearest_mode", b"round_prefer_floor").decode()
+    how: dict[str, Any] = {}
     if sizes is not None:
-        size = sizes.tolist()[2:]
+        whole, how["size"] = sizes.tolist()[:2] == list(x.shape[:2]), sizes.tolist()[2:]
     else:
         assert scales is not None
-        size = [math.floor(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+        whole, how["scale_factor"] = scales.tolist()[:2] == [1, 1], scales.tolist()[2:]
+    others = [key for key in ("antialias", "axes", "keep_aspect_ratio_policy") if a.get(key)]
+    if others or not whole:
+        raise NotImplementedError(", ".join(others) or "a change of batch or channels")
     if mode == "nearest" and (where, nearest) == ("asymmetric", "floor"):
-        return functional.interpolate(x, size=size, mode="nearest")
+        return functional.interpolate(x, mode="nearest", **how)
     kinds = {3: "linear", 4: "bilinear", 5: "trilinear"}
     if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         corners = where == "align_corners"
-        return functional.interpolate(x, size=size, mode=kinds[x.ndim], align_corners=corners)
+        y = functional.interpolate(x, mode=kinds[x.ndim], align_corners=corners, **how)
+        if where != "pytorch_half_pixel" or min(y.shape[2:]) > 1:  # which differ where one is left
+            return y
     raise NotImplementedError(f"mode {mode} with {where} and {nearest}")
 
 
@@ -347,6 +385,8 @@ def _constant(a: Attributes) -> Tensor:
     for key in ("value_int", "value_ints"):
         if key in a:
             return torch.tensor(a[key], dtype=torch.int64)
+    if "value" not in a:
+        raise NotImplementedError(" and ".join(a))
     value: Tensor = a["value"]
     return value
 
@@ -418,7 +458,7 @@ OPERATORS: dict[str, Operator] = {
     "MaxPool": _max_pool,
     "Mean": lambda _, *terms: sum(terms[1:], terms[0]) / len(terms),
     "Min": _all(torch.minimum),
-    "Mish": _plain(functional.mish),
+    "Mish": lambda _, x: x * torch.tanh(_softplus(x)),
     "Mul": _plain(torch.mul),
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
@@ -435,12 +475,12 @@ OPERATORS: dict[str, Operator] = {
     "Relu": lambda _, x: torch.relu(x),
     "Reshape": _reshape,
     "Resize": _resize,
-    "Selu": _plain(functional.selu),
+    "Selu": _selu,
     "Shape": _shape,
     "Sigmoid": _plain(torch.sigmoid),
     "Slice": _slice,
     "Softmax": partial(_softmax, torch.softmax),
-    "Softplus": _plain(functional.softplus),
+    "Softplus": _plain(_softplus),
     "Split": _split,
     "Sqrt": _plain(torch.sqrt),
     "Squeeze": _squeeze,

@@ -11,6 +11,11 @@ scatters around it with the variance k(K−k)/(K−1) of a random order, so that
 
 This is the random-walk model of N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error
 Analysis", SIAM J. Sci. Comput. 41 (2019), with the partial sums themselves in place of their bound.
+Roundings are not independent where terms are equal: within one binade of the partial sum, a value
+that is added n times is rounded alike n times, so that a mean over a constant plane drifts. There,
+K is Σ n² over the values but 0. (Products are taken to differ, and so are the few terms in one
+window of an AveragePool.)
+
 Every other order (blocks, pairs, vectors, fused multiply-adds) loses less. Sums are taken to be
 kept in float32, as every runtime here keeps them, also between halves. Added to it are
 
@@ -31,6 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from exporter.emulation.operators import OPERATORS, average_windows, axes_of
 
@@ -62,7 +68,21 @@ def round_to(value: Tensor, dtype: int) -> Tensor:
     """Return the value as the type holds it; gradients pass straight through."""
     if dtype not in HALVES or not value.is_floating_point():
         return value
-    return value + (value.detach().to(HALVES[dtype]).double() - value).detach()
+    return value + (_to_odd(value.detach()).to(HALVES[dtype]).double() - value).detach()
+
+
+def _to_odd(value: Tensor) -> Tensor:
+    """Return the value as float32, such that rounding it again is rounding it once.
+
+    PyTorch rounds float64 to float32 on its way to a half, and so ties that are none. What is not
+    exact goes to the neighbour whose last bit is 1 (S. Boldo, G. Melquiond, IEEE Trans. Comput. 57
+    (2008)).
+    """
+    single = value.float()
+    off = value - single.double()
+    even = single.view(torch.int32) & 1 == 0
+    other = torch.nextafter(single, torch.copysign(torch.full_like(single, math.inf), off))
+    return torch.where((off != 0) & even, other, single)
 
 
 def variance(
@@ -146,7 +166,7 @@ def _terms(
     op: str,
     attributes: Mapping[str, Any],
     inputs: Sequence[Tensor | None],
-) -> tuple[float, Tensor]:
+) -> tuple[float | Tensor, Tensor]:
     """Return K, how many products one output sums up, and Σ pᵢ²."""
     x = inputs[0]
     assert x is not None
@@ -164,8 +184,21 @@ def _terms(
         axes = axes_of(attributes, x, given)
     count = math.prod(x.shape[axis] for axis in axes)
     keep = True if op == "GlobalAveragePool" else bool(attributes.get("keepdims", 1))
-    squares = (x**2).sum(dim=axes, keepdim=keep)
-    return float(count), squares / (1 if op == "ReduceSum" else count**2)
+    squares = (x**2).sum(dim=axes, keepdim=keep) if axes else x**2
+    repeated = _repeats(x, axes).reshape(squares.shape)
+    return repeated, squares / (1 if op == "ReduceSum" else count**2)
+
+
+def _repeats(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return Σ n² for each sum over the axes, with n how often it adds a value other than 0."""
+    over = sorted(axis % x.ndim for axis in axes)
+    kept = [axis for axis in range(x.ndim) if axis not in over]
+    terms = x.permute(*kept, *over).flatten(len(kept)) if over else x.unsqueeze(-1)
+    ordered = terms.sort(dim=-1).values
+    new = functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0))
+    counts = torch.zeros_like(ordered)
+    counts.scatter_add_(-1, new.long().cumsum(-1), (ordered != 0).to(ordered.dtype))
+    return (counts**2).sum(-1)
 
 
 def _layer_terms(

@@ -202,7 +202,7 @@ def rounded(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def _along(part: Tensor, x: Tensor, axis: int) -> Tensor:
+def along(part: Tensor, x: Tensor, axis: int) -> Tensor:
     """Return a scale or zero point, one number or one per slice of an axis, to broadcast with x."""
     if part.numel() == 1:
         return part.reshape(())
@@ -213,8 +213,8 @@ def _along(part: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     low, high = LIMITS[a["to"]]
-    scale = _along(scale, x, a.get("axis", 1))
-    zero = torch.zeros((), dtype=x.dtype) if zero is None else _along(zero, x, a.get("axis", 1))
+    scale = along(scale, x, a.get("axis", 1))
+    zero = torch.zeros((), dtype=x.dtype) if zero is None else along(zero, x, a.get("axis", 1))
     return (rounded(x / scale) + zero).clamp(low, high)
 
 
@@ -222,8 +222,8 @@ def _dequantize(a: Attributes, q: Tensor, scale: Tensor, zero: Tensor | None = N
     if a.get("block_size"):
         raise NotImplementedError("block_size")
     q = q.double()
-    shifted = q if zero is None else q - _along(zero.double(), q, a.get("axis", 1))
-    return shifted * _along(scale, q, a.get("axis", 1))
+    shifted = q if zero is None else q - along(zero.double(), q, a.get("axis", 1))
+    return shifted * along(scale, q, a.get("axis", 1))
 
 
 # ── Moves ───────────────────────────────────────────────────────────────────────────

@@ -23,6 +23,9 @@ kept in float32, as every runtime here keeps them, also between halves. Added to
     u²/3 · Σ pᵢ²       weights that are themselves rounded, as those of a fold are
     (sₓ·s_w)²/12       a bias that is held as a whole number of steps, as integer kernels do
 
+Below a type's smallest normal number t its steps stay as wide as at t, so y there stands for
+max(|y|, t): of no account in float32, but half's t is 6.1e-5, and gates and probabilities get there.
+
 Moves, maxima and comparisons round nothing. A BatchNorm adds up terms that may cancel, x·k, μ·k and
 β, and is given the rounding of each. Functions such as exp or tanh are given four roundings
 of the larger of their value and 1, since libraries approximate them in many ways.
@@ -44,7 +47,8 @@ FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto
 ROUNDOFF = {FLOAT: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, DOUBLE: 2.0**-53}
 HALVES = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 _SINGLE = ROUNDOFF[FLOAT]
-_TINY = 2.0**-126  # float32's smallest normal number: below it, rounding is absolute
+_TINY = 2.0**-126  # float32's smallest normal number, which a runtime may flush to zero
+_NORMAL = {FLOAT: _TINY, FLOAT16: 2.0**-14, DOUBLE: 2.0**-1022, BFLOAT16: _TINY}
 
 # fmt: off
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -101,7 +105,7 @@ def variance(
     """
     if op in EXACT or not output.is_floating_point() or dtype not in ROUNDOFF:
         return None
-    stored = (ROUNDOFF[dtype] * output) ** 2 / 3 + _TINY**2
+    stored = (ROUNDOFF[dtype] * _held(output, dtype)) ** 2 / 3 + _TINY**2
     if op in FUNCTIONS:
         return (4 * ROUNDOFF[dtype]) ** 2 * output.abs().clamp(min=1.0) ** 2 / 3
     if op == "BatchNormalization":
@@ -125,18 +129,38 @@ def input_variance(
 
     A runtime may keep a half in a register, or in float32, from one node to the next.
     """
-    x = inputs[0] if inputs else None
-    if dtype not in HALVES or x is None:
+    if dtype not in HALVES or not inputs or inputs[0] is None:
         return None
+    held = [part if part is None else _held(part, dtype) for part in inputs]
+    x, *others = held
+    assert x is not None
     if op in LAYERS | SUMS:
-        squares = _terms(op, attributes, inputs)[1]
+        squares = _terms(op, attributes, [x, *inputs[1:]])[1]
+    elif op == "BatchNormalization":
+        squares = _slopes(attributes, x, *inputs[1:]) * x**2
     elif op in ("Add", "Sub", "Sum"):
-        squares = sum((term**2 for term in inputs[1:] if term is not None), x**2)
+        squares = sum((term**2 for term in others if term is not None), x**2)
     elif op in ("Mul", "Div"):
-        squares = 2 * OPERATORS[op](attributes, *inputs) ** 2  # type: ignore[operator]  # one output
+        squares = _of_products(op, held, inputs)
     else:
         return None
     return ROUNDOFF[dtype] ** 2 / 3 * squares
+
+
+def _held(value: Tensor, dtype: int) -> Tensor:
+    """Return the magnitudes that say how wide a type's steps are: no less than its normal ones."""
+    return value.abs().clamp(min=_NORMAL[dtype])
+
+
+def _of_products(op: str, held: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
+    """Return (δx·y)² + (x·δy)², or that of x / y, for δx = x and δy = y as they are ``held``."""
+    x, y = inputs[:2]
+    dx, dy = held[:2]
+    assert x is not None
+    assert y is not None
+    assert dx is not None
+    assert dy is not None
+    return (dx * y) ** 2 + (x * dy) ** 2 if op == "Mul" else (dx / y) ** 2 + (x / y * dy / y) ** 2
 
 
 def _bias(
@@ -157,9 +181,16 @@ def _of_batchnorm(
     """Return the variance of (x − μ)·k + β, or of x·k + (β − μ·k), with k = γ/√(σ² + ε)."""
     assert x is not None
     along = (-1, *[1] * (x.ndim - 2))
-    gamma, beta, mean, spread = (part.view(along) for part in of if part is not None)
-    k2 = gamma**2 / (spread + float(attributes.get("epsilon", 1e-5)))
+    _, beta, mean, _ = (part.view(along) for part in of if part is not None)
+    k2 = _slopes(attributes, x, *of)
     return _SINGLE**2 / 3 * (4 * k2 * (x**2 + mean**2) + 2 * beta**2)
+
+
+def _slopes(attributes: Mapping[str, Any], x: Tensor, *of: Tensor | None) -> Tensor:
+    """Return a BatchNorm's k² = γ² / (σ² + ε), to broadcast with x."""
+    gamma, _, _, spread = (part for part in of if part is not None)
+    k2 = gamma**2 / (spread + float(attributes.get("epsilon", 1e-5)))
+    return k2.view(-1, *[1] * (x.ndim - 2))
 
 
 def _terms(

@@ -5,6 +5,7 @@
 
     report = exporter.run("resnet18", exporter.load_profile("default"), Path("build"))
     report.raise_for_parity()
+    exporter.check_bundle(Path("build")).raise_for_parity()
 
 Or stage by stage, each a function: `fold_batchnorm`, `export_onnx`, `calibrate`, a precision's
 ``convert``, a runtime's ``build`` and ``open``, `collect_outputs`, `compare_outputs`,
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from exporter.pipeline import run
     from exporter.plugins import load_model, load_precision, load_runtime
     from exporter.profile import Profile, load_profile
+    from exporter.recheck import check_bundle
     from exporter.records import BatchRange, OnnxModel, Report, TensorSpec, Timing, Tolerance
     from exporter.reference import TorchSession
     from exporter.to_onnx import export_onnx
     from exporter.weights import load_weights
+    from exporter.worst_case import Search
 
 # Where each public name lives. It is loaded on first use, so `import exporter` is instant.
 _HOME = {
@@ -41,11 +44,13 @@ _HOME = {
     "ParityError": "errors",
     "Profile": "profile",
     "Report": "records",
+    "Search": "worst_case",
     "TensorSpec": "records",
     "Timing": "records",
     "Tolerance": "records",
     "TorchSession": "reference",
     "calibrate": "calibration",
+    "check_bundle": "recheck",
     "collect_outputs": "parity",
     "compare_outputs": "parity",
     "count_flops": "flops",
@@ -67,12 +72,14 @@ __all__ = [
     "ParityError",
     "Profile",
     "Report",
+    "Search",
     "TensorSpec",
     "Timing",
     "Tolerance",
     "TorchSession",
     "__version__",
     "calibrate",
+    "check_bundle",
     "collect_outputs",
     "compare_outputs",
     "count_flops",

@@ -101,6 +101,10 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
+    import onnx
+
     if value is None:
         return "none"
+    if isinstance(value, onnx.TensorProto):
+        return f"a tensor of shape {list(value.dims)}"
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

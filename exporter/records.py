@@ -608,7 +608,7 @@ class Artefact(Found, frozen=True):
 
     @property
     def verdict(self) -> Verdict:
-        return "fail" if self.refused else _worst(parity.verdict for parity in self.parity)
+        return "fail" if self.failures else _worst(parity.verdict for parity in self.parity)
 
 
 class Variant(Found, frozen=True):

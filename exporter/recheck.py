@@ -169,10 +169,10 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
     if before.file is None:  # it was refused when the bundle was made
         return before
     path = bundle.folder / before.file.name
-    if reason := runtime.missing("run"):
-        return msgspec.structs.replace(artefact, not_run=reason)
     try:
         _check_file(bundle, path)
+        if reason := runtime.missing("run"):
+            return msgspec.structs.replace(artefact, not_run=reason)
         with runtime.open(path) as session:
             return bundle.ladder.judge(artefact, runtime, path, session, asked)
     except ExportError as error:

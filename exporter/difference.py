@@ -30,13 +30,17 @@ def describe_difference(asked: onnx.ModelProto, found: onnx.ModelProto, tensor: 
 def _of_nodes(
     asked: onnx.GraphProto, found: onnx.GraphProto, want: onnx.NodeProto, got: onnx.NodeProto
 ) -> Iterator[str]:
+    import onnx
+
     if got.op_type != want.op_type:
         yield f"is {got.op_type} where {want.op_type} was asked for"
         return
     attributes = _attributes(want), _attributes(got)
     for key in sorted(attributes[0].keys() | attributes[1].keys()):
         sides = [side.get(key) for side in attributes]
-        if sides[0] != sides[1]:
+        if sides[0] != sides[1] and isinstance(sides[1], onnx.TensorProto):
+            yield f"has another {key} than was asked for"
+        elif sides[0] != sides[1]:
             yield f"has {key} {_short(sides[1])} where {_short(sides[0])} was asked for"
     if len(got.input) != len(want.input):
         yield f"reads {len(got.input)} tensors where {len(want.input)} were asked for"

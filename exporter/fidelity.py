@@ -63,7 +63,8 @@ def compare_layers(
     ``found`` has the artefact's inputs and whatever of its tensors it gives, by the names of the
     graph asked for. A tensor that it does not give is what the graph asked for makes of those it
     gives. With ``quantising`` the tensors are those of the graph before it was quantised, and a
-    layer's error may be what its steps explain. Raises `GraphError` if a node cannot be emulated.
+    layer's error may be what its steps explain. A tensor of another shape is the last that can be
+    compared. Raises `GraphError` if a node cannot be emulated.
     """
     known: Values = {name: _as_tensor(value) for name, value in found.items()}
     absent: dict[str, Step] = {}
@@ -81,6 +82,8 @@ def compare_layers(
                     if lost and error.exceeds(LIMIT) and not quantising:
                         error = _missing(asked, absent[lost[0]], lost[0], error)
                     yield error
+                    if got.shape != want.shape:
+                        return
 
 
 def first_deviation(errors: Sequence[LayerError], *, limit: float = LIMIT) -> LayerError | None:
@@ -167,12 +170,17 @@ def _error(
     if got.shape != want.shape:
         shapes = " where ".join("×".join(map(str, side.shape)) for side in (got, want))
         return LayerError(name, step.op, tensor, None, None, f"is {shapes} was asked for")
-    if bad := int((torch.isfinite(want) & ~torch.isfinite(got)).sum()):
+    finite = torch.isfinite(want)
+    if bad := int((finite & ~torch.isfinite(got)).sum()):
         return LayerError(name, step.op, tensor, None, None, f"has {bad} values not finite")
+    if bad := int((~finite & torch.isfinite(got)).sum()):
+        said = f"has {bad} finite values that should not be"
+        return LayerError(name, step.op, tensor, None, None, said)
     if step.op == "QuantizeLinear":
         error, spread = _quantisation(asked, step, inputs, got)
     else:
         error, spread = got - want, _spread(asked, step, inputs, want, quantising=quantising)
+    error, spread = (torch.where(finite, side, 0.0) for side in (error, spread))
     own = _multiples(error, spread, bounded=step.op in BOUNDED, axis=_channels(asked, step))
     channel = int(own.argmax())
     size = float(want.square().mean().sqrt())
@@ -247,5 +255,6 @@ def _as_tensor(value: Array) -> Tensor:
     import numpy as np
 
     plain = np.asarray(value)
-    wide = plain.dtype.kind in "f" or plain.dtype.itemsize == 1  # floats, and quantised values
+    kind, size = plain.dtype.kind, plain.dtype.itemsize
+    wide = kind == "f" or (kind in "iu" and size < 4)  # floats, and quantised values
     return torch.from_numpy(plain.astype(np.float64) if wide else plain)

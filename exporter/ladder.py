@@ -151,6 +151,9 @@ class Ladder:
         with torch.inference_mode():
             values = self.source.emulator.run(inputs, watch=every)
         found = {**feed, **{name: value.numpy() for name, value in values.items()}}
+        for step in asked.emulator.steps:  # what a cast at the edge reads has a name of its own
+            if step.op == "Cast" and step.writes[0] in found:
+                found.setdefault(step.reads[0], found[step.writes[0]])
         errors = compare_layers(asked.emulator, found, quantising=True)
         return tuple(error for error in errors if error.op in LAYERS)
 
@@ -171,6 +174,7 @@ class Ladder:
         """
         what = f"{artefact.name}: compare with PyTorch"
         held_out, noise = self.job.all_outputs(session, what)
+        parity = self._parity(artefact, held_out, noise)
         layers, unseen = self._layers(artefact, runtime, path, asked)
         fidelity = self._fidelity(asked, self.truth.few(held_out, noise), layers, unseen)
         if fidelity.failures:
@@ -179,7 +183,7 @@ class Ladder:
         self.outputs[artefact.name] = held_out
         return msgspec.structs.replace(
             artefact,
-            parity=self._parity(artefact, held_out, noise),
+            parity=parity,
             rung=self._rung(artefact.name, above, fidelity),
         )
 

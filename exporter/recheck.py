@@ -67,7 +67,7 @@ def check_bundle(
         builds=False,
     )
     _check_sources(job, before)
-    changed = _changed(folder, manifest)
+    intact = {file.name for file in manifest.files if _is_intact(file, folder)}
     with job.stage("fold BatchNorm"):
         folded = fold_batchnorm(job.module, job.example()).module
     with TemporaryDirectory() as scratch, job.threads():
@@ -85,7 +85,7 @@ def check_bundle(
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
         rungs = ladder.pytorch_rungs()
         made = dict(convert_all(job, graph))
-        bundle = _Bundle(job, folder, changed, ladder, search)
+        bundle = _Bundle(job, folder, intact, ladder, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
     if bundle.found:
         _save(folder, bundle.found)
@@ -96,7 +96,11 @@ def check_bundle(
         rungs=rungs,
         variants=variants,
         latency=(),
-        doubts=tuple(f"{name} is not the file that the manifest lists" for name in sorted(changed)),
+        doubts=tuple(
+            f"{file.name} is not the file that the manifest lists"
+            for file in manifest.files
+            if file.name not in intact
+        ),
         stages=tuple(job.stages),
         worst_cases=tuple(found.record for found in bundle.found),
     )
@@ -113,10 +117,12 @@ def _read(folder: Path) -> tuple[Manifest, Report]:
         return manifest, record.parse((folder / "report.json").read_bytes())
     except OSError as error:
         raise InputRefused(f"{folder.name}/report.json: {error.strerror}") from error
+    except InputRefused as error:
+        raise InputRefused(f"{folder.name}/report.json: {error}") from error
 
 
 def _check_sources(job: Job, before: Report) -> None:
-    """Raise `InputRefused` unless the network's weights and samples are those of the bundle."""
+    """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
     wanted, found = before.source.weights_sha256, job.weights_sha256
     if wanted != found:
         raise InputRefused(
@@ -124,22 +130,26 @@ def _check_sources(job: Job, before: Report) -> None:
             f"{wanted[:12]}…, and {job.weights.name!r} has {found[:12]}…",
             hint="give the same file with --weights",
         )
-    calibrated = job.calibration.origin if job.calibration else None
-    if before.calibration != calibrated:
+    calibrated = job.calibration.origin if job.calibration else "nothing"
+    wanted = before.calibration or "nothing"
+    if wanted != calibrated:
         raise InputRefused(
-            f"the bundle was calibrated on {before.calibration}, and this would be on {calibrated}",
-            hint="give the same file with --calibration",
+            f"the bundle was calibrated on {wanted}, and this would be on {calibrated}",
+            hint="give the same file with --calibration"
+            if before.calibration
+            else "leave out --calibration",
         )
+    for variant in before.variants:
+        lacking = [variant.precision] if variant.precision not in job.precisions else []
+        lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
+        if lacking:
+            raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
 
 
-def _changed(folder: Path, manifest: Manifest) -> set[str]:
-    """Return the files of the manifest that are missing, or not what they were."""
-    changed = set()
-    for file in manifest.files:
-        path = folder / file.name
-        if not path.is_file() or File.of(path, folder) != file:
-            changed.add(file.name)
-    return changed
+def _is_intact(file: File, folder: Path) -> bool:
+    """Return whether a file of the manifest is there, and what it was."""
+    path = folder / file.name
+    return path.is_file() and File.of(path, folder) == file
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,7 @@ class _Bundle:
 
     job: Job
     folder: Path
-    changed: set[str]
+    intact: set[str]
     ladder: Ladder
     search: Search | None
     found: list[Found] = field(default_factory=list)
@@ -157,7 +167,7 @@ class _Bundle:
 def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -> Variant:
     """Return one precision, each of its artefacts compared anew."""
     if isinstance(made, ExportError):
-        return msgspec.structs.replace(variant, refused=with_hint(made))
+        return msgspec.structs.replace(variant, artefacts=(), losses=(), refused=with_hint(made))
     asked = bundle.ladder.ask(made.model, variant.precision)
     artefacts = tuple(_judge(bundle, artefact, asked) for artefact in variant.artefacts)
     return msgspec.structs.replace(
@@ -172,10 +182,10 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
     if before.file is None:  # it was refused when the bundle was made
         return before
     path = bundle.folder / before.file.name
-    if reason := runtime.missing("run"):
-        return msgspec.structs.replace(artefact, not_run=reason)
     try:
         _check_file(bundle, path)
+        if reason := runtime.missing("run"):
+            return msgspec.structs.replace(artefact, not_run=reason)
         with runtime.open(path) as session:
             judged = bundle.ladder.judge(artefact, runtime, path, session, asked)
             if bundle.search is not None:
@@ -188,7 +198,7 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
 def _check_file(bundle: _Bundle, path: Path) -> None:
     """Raise `GraphError` for a file that is gone, or that cannot be what was asked for.
 
-    An engine is a program, so one that has changed is not loaded.
+    An engine is a program, so one that the manifest does not list as it is now is not loaded.
     """
     name = path.relative_to(bundle.folder).as_posix()
     if not path.is_file():
@@ -201,9 +211,9 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             output=bundle.job.model.output,
             dtypes=("float32", "float16"),
         )
-    elif name in bundle.changed:
+    elif name not in bundle.intact:
         raise GraphError(
-            f"{name} was changed after the bundle was made, and an engine is a program, so it is "
+            f"{name} is not the file that the manifest lists, and an engine is a program, so it is "
             "not loaded"
         )
 

@@ -499,6 +499,12 @@ def test_quantisation_to_the_type_that_is_said_or_else_to_uint8():
     )
 
 
+def test_what_is_infinite_saturates_too():
+    x = np.array([np.inf, -np.inf, 1e300])
+    (got,) = emulated(model_of("QuantizeLinear", [x, np.array(0.5), np.int8(3)]), x)
+    assert got.tolist() == [127.0, -128.0, 127.0]
+
+
 @pytest.mark.parametrize("kind", [np.int8, np.uint8])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_quantisation_along_an_axis(kind, axis):

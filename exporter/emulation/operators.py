@@ -221,9 +221,9 @@ def _cast(a: Attributes, x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.double()
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Round half to even; gradients pass straight through."""
-    return x + (torch.round(x) - x).detach()
+def straight(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return what x was rounded to; gradients pass straight through."""
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def along(part: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -241,7 +241,8 @@ def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = Non
     low, high = LIMITS[a["to"]]
     scale = along(scale, x, a.get("axis", 1))
     zero = torch.zeros((), dtype=x.dtype) if zero is None else along(zero, x, a.get("axis", 1))
-    return (rounded(x / scale) + zero).clamp(low, high)
+    steps = x / scale
+    return (straight(steps, torch.round(steps)) + zero).clamp(low, high)
 
 
 def _dequantize(a: Attributes, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

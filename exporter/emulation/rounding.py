@@ -26,7 +26,8 @@ kept in float32, as every runtime here keeps them, also between halves. Added to
 Below a type's smallest normal number t its steps stay as wide as at t, so y there stands for
 max(|y|, t): of no account in float32, but half's t is 6.1e-5, which gates and probabilities reach.
 
-Moves, maxima and comparisons round nothing. A BatchNorm adds up terms that may cancel, x·k, μ·k and
+Moves, maxima and comparisons round nothing. A Sum or Mean of more than two tensors may round every
+partial sum, of Σ |pᵢ| at most. A BatchNorm adds up terms that may cancel, x·k, μ·k and
 β, and is given the rounding of each. Functions such as exp or tanh are given four roundings
 of the larger of their value and 1, since libraries approximate them in many ways.
 """
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from exporter.emulation.operators import OPERATORS, average_windows, axes_of
+from exporter.emulation.operators import OPERATORS, average_windows, axes_of, straight
 
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto
 ROUNDOFF = {FLOAT: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, DOUBLE: 2.0**-53}
@@ -72,7 +73,7 @@ def round_to(value: Tensor, dtype: int) -> Tensor:
     """Return the value as the type holds it; gradients pass straight through."""
     if dtype not in HALVES or not value.is_floating_point():
         return value
-    return value + (_to_odd(value.detach()).to(HALVES[dtype]).double() - value).detach()
+    return straight(value, _to_odd(value.detach()).to(HALVES[dtype]).double())
 
 
 def _to_odd(value: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ def _to_odd(value: Tensor) -> Tensor:
     single = value.float()
     off = value - single.double()
     even = single.view(torch.int32) & 1 == 0
-    other = torch.nextafter(single, torch.copysign(torch.full_like(single, math.inf), off))
-    return torch.where((off != 0) & even, other, single)
+    side = torch.copysign(torch.full_like(single, math.inf), off.float())
+    return torch.where(even & (off != 0) & off.isfinite(), torch.nextafter(single, side), single)
 
 
 def variance(
@@ -108,6 +109,11 @@ def variance(
     stored = (ROUNDOFF[dtype] * _held(output, dtype)) ** 2 / 3 + _TINY**2
     if op in FUNCTIONS:
         return (4 * ROUNDOFF[dtype]) ** 2 * output.abs().clamp(min=1.0) ** 2 / 3
+    if op in ("Sum", "Mean") and len(inputs) > 2:
+        parts = [
+            term.abs() / (len(inputs) if op == "Mean" else 1) for term in inputs if term is not None
+        ]
+        return stored + (len(parts) - 1) * (ROUNDOFF[dtype] * sum(parts[1:], parts[0])) ** 2 / 3
     if op == "BatchNormalization":
         return stored + _of_batchnorm(attributes, *inputs)
     if op not in LAYERS | SUMS:
@@ -236,8 +242,8 @@ def _layer_terms(
     op: str, attributes: Mapping[str, Any], x: Tensor, w: Tensor
 ) -> tuple[float, Tensor]:
     # In float32: a variance needs no more digits, and convolutions are ten times as fast there.
-    top = max(float(x.abs().max()), _TINY)
-    x2, w2 = (x / top).float() ** 2, w.float() ** 2
+    top, widest = (max(float(part.abs().max()), _TINY) for part in (x, w))
+    x2, w2 = (x / top).float() ** 2, (w / widest).float() ** 2
     squares = OPERATORS[op]({**attributes, "alpha": 1.0}, x2, w2)
     assert isinstance(squares, Tensor)
     if op == "Conv":
@@ -246,5 +252,5 @@ def _layer_terms(
         count = w.shape[0] // int(attributes.get("group", 1)) * math.prod(w.shape[2:])
     else:
         count = x.shape[-2 if attributes.get("transA") else -1]
-    scale = (top * float(attributes.get("alpha", 1.0))) ** 2
+    scale = (top * widest * float(attributes.get("alpha", 1.0))) ** 2
     return float(count), squares.double() * scale

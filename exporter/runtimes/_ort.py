@@ -135,7 +135,12 @@ class _Session:
 
     def __call__(self, feed: Feed) -> Outputs:
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, self._typed(feed)), strict=True))
+        try:
+            found = self.session.run(names, self._typed(feed))
+        except Exception as error:  # onnxruntime raises one private class per status code
+            reason = str(error).strip().splitlines()[0]
+            raise BuildError(f"onnxruntime cannot run the graph: {reason}") from error
+        return dict(zip(names, found, strict=True))
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
         import onnxruntime as ort

@@ -255,7 +255,7 @@ class Everything(nn.Module):
 
 
 def test_every_kind_of_layer_is_lifted_and_computes_the_same():
-    said = check(Everything(), folded=11)
+    said = check(Everything(), folded=12)
     assert len(said) == 12
     module = ready(Everything())
     traced, uncalled = trace(module, PICTURES)
@@ -291,6 +291,7 @@ def test_a_layer_called_twice_is_still_seen_to_be_one_layer():
 
 def test_an_exported_network_goes_on_to_onnx_under_its_layers_names(tmp_path):
     module = disturb(Everything()).eval()
+    module.stem[17] = nn.MaxPool2d((4, 3), (2, 3)).eval()  # as ONNX has no adaptive one
     folded = fold_batchnorm(module, torch.randn(4, 3, 8, 8)).module
     written = export_onnx(
         folded,
@@ -546,11 +547,19 @@ class ManyPictures(Block):
         return -x if x.shape[0] > 2 else x
 
 
+class VeryManyPictures(Block):
+    def forward(self, x):
+        x = super().forward(x)
+        return -x if x.shape[0] > 64 else x
+
+
 def test_a_network_that_asks_for_the_batch_is_not_traced_for_one_batch():
     with refused(GraphError, "OneByOne was traced by torch.export for a batch of 4 alone"):
         fold_batchnorm(OneByOne().eval(), PICTURES.float())
     with refused(GraphError, "OnePicture takes another way for a batch of 1 than for 4"):
         fold_batchnorm(OnePicture().eval(), PICTURES.float())
+    with refused(GraphError, "VeryManyPictures was traced by torch.export for at most 64 at once"):
+        fold_batchnorm(VeryManyPictures().eval(), PICTURES.float())
     with refused(GraphError, "ManyPictures takes another way for a batch of 1 than for 4"):
         fold_batchnorm(ManyPictures().eval(), PICTURES.float())
 

@@ -127,4 +127,3 @@ def _floating_dtype(module: nn.Module) -> torch.dtype:
         names = ", ".join(sorted(map(str, kinds)))
         raise GraphError(f"cannot fold a network that mixes {names}")
     return kinds.pop() if kinds else torch.get_default_dtype()
-

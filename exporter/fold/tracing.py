@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as every_module
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from exporter.errors import GraphError
 from exporter.fold.graph import note_shapes
-from exporter.fold.lifting import lift, of_program
+from exporter.fold.lifting import BATCHNORM, has_hooks, lift, of_program
 from exporter.records import Fate
 
-BATCHNORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base of all
 BATCHES = (1, 2, 3)  # sizes at which torch.export's graph is held against the module
+LARGEST = 2**31  # bounds from here on are torch.export's own
 OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/", "<")
 STDLIB = sysconfig.get_path("stdlib")
 
@@ -79,7 +79,8 @@ def _refuse_unfit(module: nn.Module) -> None:
         if isinstance(child, torch.jit.ScriptModule):
             hint = "fold the network that the TorchScript was made from"
             raise GraphError(f"{label} is TorchScript, which cannot be traced", hint=hint)
-        if isinstance(child, LazyModuleMixin) and child.has_uninitialized_params():
+        tensors = (*child.parameters(recurse=False), *child.buffers(recurse=False))
+        if any(map(is_lazy, tensors)):
             hint = "run one batch through the network first"
             raise GraphError(f"{label} has no weights yet: it waits for its first input", hint=hint)
         if _is_quantised(child):
@@ -88,12 +89,8 @@ def _refuse_unfit(module: nn.Module) -> None:
         if replaced := [key for key in vars(child) if _replaces(child, key)]:
             hint = "override it in a class"
             raise GraphError(f"{label}.{replaced[0]} was replaced on the instance", hint=hint)
-    if _has_hooks(module):
+    if has_hooks(module):
         raise GraphError(f"{kind} has hooks of its own, which a traced copy would not run")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 - no public view
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -135,7 +132,7 @@ def _copy(module: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if (inside := _unwrapped(child)) is not child:
                 setattr(parent, name, inside)
-        parent._compiled_call_impl = None
+        parent._compiled_call_impl = None  # noqa: SLF001 - no public view
     return copy
 
 
@@ -203,7 +200,7 @@ class _Tracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
-        if _has_hooks(m):
+        if has_hooks(m):
             raise GraphError(f"{name} has hooks, which a traced copy would not run")
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -235,21 +232,15 @@ def _by_fx(
 def _by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphModule:
     """Trace with a free batch axis."""
     for name, child in copy.named_modules():
-        if _has_hooks(child):
+        if has_hooks(child):
             raise GraphError(f"{name} has hooks, which a traced copy would not run")
     if len(example) == 1:  # which would be taken for a constant
         example = torch.cat([example, example])
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's
     shapes[example] = {0: torch.export.Dim.AUTO}
     with _quiet(), torch.no_grad():
         program = torch.export.export(copy, (example,), dynamic_shapes=shapes, strict=False)
-    given = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
-    size = given[0].meta["val"].shape[0]
-    if isinstance(size, int):
-        raise GraphError(
-            f"{kind} was traced by torch.export for a batch of {size} alone, as its code asks for "
-            "the batch's size in a way that fixes it"
-        )
+    _check_free(program, kind)
     lifted = lift(of_program(program, copy, kind))
     _check_same(copy, lifted, example, kind)
     for batch in BATCHES:
@@ -262,6 +253,19 @@ def _by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphMod
                 "and a graph has one"
             ) from error
     return lifted
+
+
+def _check_free(program: torch.export.ExportedProgram, kind: str) -> None:
+    """Raise `GraphError` if the program is for some sizes of batch alone."""
+    (name,) = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name == name)
+    size = node.meta["val"].shape[0]
+    asks = "as its code asks for the batch's size"
+    if str(size).isdecimal():
+        raise GraphError(f"{kind} was traced by torch.export for a batch of {size} alone, {asks}")
+    largest = str(program.range_constraints[size.node.expr].upper)
+    if largest.isdecimal() and int(largest) < LARGEST:
+        raise GraphError(f"{kind} was traced by torch.export for at most {largest} at once, {asks}")
 
 
 @contextmanager
@@ -356,5 +360,6 @@ def _is_of_the_model(filename: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """Return an error's first line, as the end of a sentence."""
     line = next(iter(str(error).strip().splitlines()), repr(error))
     return line.rstrip(". ")

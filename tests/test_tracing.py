@@ -146,6 +146,12 @@ class TakesAnything(Block):
         return super().forward(inputs[0] if len(inputs) == 1 else inputs[1])
 
 
+class CountsPictures(Block):
+    def forward(self, x):
+        assert len(x.shape) == 2 * len(self._modules)
+        return super().forward(x).reshape(len(x), -1).view(len(x), 6, 8, 8)
+
+
 class Iterates(Block):
     def forward(self, x):
         channels = list(x.unbind(1)) if len(x.shape) == 4 else []
@@ -200,6 +206,7 @@ EXPORTED = [
     (Asserts(), 1),
     (AsksForType(), 1),
     (TakesAnything(), 1),
+    (CountsPictures(), 1),
     (Iterates(), 1),
     (IteratesATensor(), 1),
     (CountsChannels(), 1),
@@ -301,7 +308,7 @@ def test_an_exported_network_goes_on_to_onnx_under_its_layers_names(tmp_path):
         batch=BatchRange(1, 2, 8),
     )
     names = {node.name for node in onnx.load(written.path).graph.node}
-    assert {"stem.0", "stem.4", "head.0", "head.2"} <= names
+    assert {"stem.0", "stem.4", "stem.12/AveragePool", "head.0", "head.2"} <= names
     session = ort.InferenceSession(written.path, providers=["CPUExecutionProvider"])
     for batch in (1, 2, 5):
         x = torch.randn(batch, 3, 8, 8)
@@ -405,6 +412,27 @@ def test_a_batchnorm_that_is_never_called_is_reported():
     assert spare == "spare.0: BatchNorm2d: kept: never called"
 
 
+class Autocast(Block):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_a_region_of_another_arithmetic_is_kept_and_its_batchnorm_reported():
+    module = disturb(Autocast()).eval()
+    result = fold_batchnorm(module, PICTURES.float())
+    (said,) = map(str, result.fates)
+    assert said == (
+        "bn: BatchNorm2d: kept: its tensors go into wrap_with_autocast, which is no BatchNorm"
+    )
+    for batch in (1, 2, 3):
+        x = PICTURES[:batch].float()
+        with torch.inference_mode():
+            assert torch.equal(result.module(x), module(x))
+    with refused(GraphError, "torch.fx would lose its autocast", hint=("example",)):
+        fold_batchnorm(module)
+
+
 class Encoder(nn.Module):
     """A BatchNorm inside a container of torch.nn's own."""
 
@@ -431,6 +459,11 @@ class Mixer(nn.Module):
 def test_torch_nns_own_containers_hide_no_batchnorm():
     said = check(Encoder(), folded=3)
     assert said[0] == "parallel.1: Conv → BatchNorm: scale and shift into parallel.0"
+    said = check(Encoder(), folded=1, example=False)
+    assert said[1:] == [
+        f"wrapped.layers.{i}.bn: BatchNorm2d: kept: inside wrapped, which cannot be traced into"
+        for i in range(2)
+    ]
 
 
 def test_wrappers_that_change_no_value_come_off():
@@ -509,7 +542,7 @@ class BranchesOnValues(Block):
         return -x
 
 
-def test_the_line_in_the_way_is_named_with_and_without_an_example():
+def test_the_line_in_the_way_is_named_with_and_without_an_example(capfd):
     line = BranchesOnValues.forward.__code__.co_firstlineno + 2
     place = f'BranchesOnValues: test_tracing.py, line {line}, "if x.sum() > 0:": '
     module = BranchesOnValues().eval()
@@ -519,6 +552,7 @@ def test_the_line_in_the_way_is_named_with_and_without_an_example():
     said = f"neither torch.fx nor torch.export can trace {place}"
     with refused(GraphError, said, "data-dependent", hint=None):
         fold_batchnorm(module, PICTURES.float())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_default_example_cannot_help_a_forward_of_two_inputs():

@@ -130,7 +130,7 @@ class _Lifter:
     def _call(self, node: fx.Node, layer: Layer, name: str) -> None:
         with self.graph.inserting_before(node):
             called = self.graph.call_module(name, (layer.source,))
-        called.meta = dict(node.meta)
+        called.meta = {key: node.meta[key] for key in ("val", "shape") if key in node.meta}
         if layer.kind in PAIRED:  # whose function gives values and indices
             called.meta["val"] = node.meta["val"][0]
             for user in list(node.users):
@@ -169,7 +169,7 @@ class _Lifter:
         inside = {str(n.target) for n in nodes if str(n.target).startswith(f"{owner}.")}
         if owner and inside == {f"{owner}.{key}" for key in targets}:
             return owner
-        name, count = f"{owner}.{node.name}" if owner else node.name, 1
+        name, count = f"{owner}.{node.name}" if owner else _caller(node) or node.name, 1
         free = name
         while attribute(self.traced, free) is not None:
             count += 1
@@ -213,6 +213,13 @@ class _Lifter:
             node.target = FUNCTIONS[target]
         elif target._schema.is_mutable:  # noqa: SLF001 - no public view
             node.target = target.overloadpacket  # whose name ends as names of such functions do
+
+
+def _caller(node: fx.Node) -> str | None:
+    """Return the name of the layer of torch.nn whose forward() made a call, if one did."""
+    name, kind = next(reversed(node.meta.get("nn_module_stack", {"": ("", "")}).values()))
+    plain = all(part.isalnum() or part.isidentifier() for part in name.split("."))
+    return name if plain and kind.startswith("torch.nn.modules.") else None
 
 
 def _own_forward(module: Any) -> type[nn.Module] | None:

@@ -18,8 +18,9 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,11 @@ class _Tracer(fx.Tracer):
         name = names[1] if len(names) > 1 else "input"
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise RuntimeError("torch.fx would lose its autocast")
+        return super().create_node(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, BATCHNORM) or module_qualified_name in self.whole:
             return True
@@ -238,7 +244,7 @@ def _by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphMod
         example = torch.cat([example, example])
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's
     shapes[example] = {0: torch.export.Dim.AUTO}
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _len_of_tensors(copy):
         program = torch.export.export(copy, (example,), dynamic_shapes=shapes, strict=False)
     _check_free(program, kind)
     lifted = lift(of_program(program, copy, kind))
@@ -269,12 +275,31 @@ def _check_free(program: torch.export.ExportedProgram, kind: str) -> None:
 
 
 @contextmanager
+def _len_of_tensors(module: nn.Module) -> Iterator[None]:
+    """Let ``len(x)`` in any forward() be ``x.shape[0]``, which need not be a number yet."""
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+    forwards = (type(child).forward for child in module.modules())
+    spaces = {id(found): found for f in forwards if (found := getattr(f, "__globals__", None))}
+    used = [space for space in spaces.values() if "len" not in space]
+    try:
+        for space in used:
+            space["len"] = length
+        yield
+    finally:
+        for space in used:
+            del space["len"]
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.export from writing to stderr: what it fails at is raised."""
+    """Keep torch.export from printing: what it fails at is raised."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -327,14 +352,18 @@ def _uncalled(copy: nn.Module, traced: fx.GraphModule) -> Iterator[Fate]:
     """Yield the fates of BatchNorms that a graph does not show."""
     nodes = traced.graph.nodes
     called = {str(node.target) for node in nodes if node.op == "call_module"}
-    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    readers = {str(n.target).rpartition(".")[0]: n.users for n in nodes if n.op == "get_attr"}
     for name, child in copy.named_modules():
-        if not isinstance(child, BATCHNORM) or name in called | read:
+        users = [
+            str(getattr(user.target, "__name__", user.target)) for user in readers.get(name, ())
+        ]
+        if not isinstance(child, BATCHNORM) or name in called or "batch_norm" in users:
             continue
-        kind = type(child).__name__
         holder = next((target for target in called if name.startswith(f"{target}.")), None)
         why = f"inside {holder}, which cannot be traced into" if holder else "never called"
-        yield Fate(name, kind, False, why)
+        if users:
+            why = f"its tensors go into {users[0]}, which is no BatchNorm"
+        yield Fate(name, type(child).__name__, False, why)
 
 
 # ── What to say ─────────────────────────────────────────────────────────────────────

@@ -296,6 +296,24 @@ def test_a_layer_called_twice_is_still_seen_to_be_one_layer():
     )
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_what_torch_export_made_is_a_network_like_another(decomposed):
+    module = ready(Everything())
+    sizes = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(module, (PICTURES,), dynamic_shapes=sizes)
+    if decomposed:  # into calls of fewer kinds, with several results
+        program = program.run_decompositions()
+    for example in (None, PICTURES):
+        result = fold_batchnorm(program.module(), example)
+        names = [fate.name for fate in result.fates if fate.folded]
+        assert {"stem.1", "stem.9", "stem.14", "sequence.5", "volume.1"} <= {*names}
+        assert ("head.1" in names) == (example is not None)  # which needs the shape
+        assert len(result.fates) == 12
+        for batch in (1, 2, 7):
+            x = PICTURES.repeat(2, 1, 1, 1)[:batch]
+            assert distance(module, result.module, x) <= EXACT
+
+
 def test_an_exported_network_goes_on_to_onnx_under_its_layers_names(tmp_path):
     module = disturb(Everything()).eval()
     module.stem[17] = nn.MaxPool2d((4, 3), (2, 3)).eval()  # as ONNX has no adaptive one
@@ -550,7 +568,7 @@ def test_the_line_in_the_way_is_named_with_and_without_an_example(capfd):
     with refused(GraphError, said, hint=("example", "torch.export")):
         fold_batchnorm(module)
     said = f"neither torch.fx nor torch.export can trace {place}"
-    with refused(GraphError, said, "data-dependent", hint=None):
+    with refused(GraphError, f"{said}which way it goes depends on the values", hint=None):
         fold_batchnorm(module, PICTURES.float())
     assert capfd.readouterr() == ("", "")
 

@@ -86,6 +86,18 @@ def call_of(node: fx.Node) -> Call:
     return Call(node, {**defaults, **named, **node.kwargs})
 
 
+def gives_several(node: fx.Node) -> bool:
+    """Return whether an aten call gives several tensors."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and len(schema.returns) > 1
+
+
+def others(node: fx.Node) -> list[fx.Node]:
+    """Return what reads another than the first of several tensors that a call gives."""
+    read = [user for user in node.users if user.users and user.args[1:] != (0,)]
+    return read if gives_several(node) else []
+
+
 def attribute(module: Any, path: str) -> Any:
     """Return what a path of names leads to, or None."""
     for name in path.split("."):
@@ -142,6 +154,21 @@ def _each(value: Any, axes: int) -> Any:
     return values * axes if len(values) == 1 else values
 
 
+def _addmm(call: Call) -> Layer | None:
+    """Return the linear layer, where the matrix is a weight turned over."""
+    turned = call.given["mat2"]
+    plain = call.given["beta"] == call.given["alpha"] == 1
+    if not plain or not isinstance(turned, fx.Node):
+        return None
+    swapped = (turned.target, turned.args[1:])  # as lifted before
+    if swapped not in (("t", ()), ("permute", (1, 0)), ("transpose", (0, 1))):
+        return None
+    given = {"input": call.given["mat1"], "weight": turned.args[0], "bias": call.given["self"]}
+    linear = Call(call.node, given)
+    bias = linear.held("bias")
+    return _linear(linear) if bias is not None and bias.ndim == 1 else None
+
+
 def _linear(call: Call) -> Layer | None:
     weight = call.held("weight")
     if weight is None or weight.ndim != 2:
@@ -195,9 +222,6 @@ def _adaptive(kind: type[nn.Module]) -> Callable[[Call], Layer | None]:
         size = tuple(call.given["output_size"])
         if not all(isinstance(part, int) for part in size):
             return None
-        indices = [user for user in call.node.users if user.users and user.args[1] != 0]
-        if kind in PAIRED and indices:
-            return None
         return Layer(call.given["self"], kind, {"output_size": size})
 
     return layer
@@ -223,10 +247,11 @@ def _hardsigmoid_in_place(call: Call) -> Layer:
     return Layer(call.given["self"], nn.Hardsigmoid, {"inplace": True})
 
 
-PAIRED = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+NATIVE = aten._native_batch_norm_legit_no_training.default  # noqa: SLF001 - its name
 LAYERS: dict[Any, Callable[[Call], Layer | None]] = {
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
     **dict.fromkeys((functional.linear, aten.linear.default), _linear),
+    aten.addmm.default: _addmm,
     **dict.fromkeys((functional.prelu, aten.prelu.default), _prelu),
     **dict.fromkeys((functional.batch_norm, torch.batch_norm, aten.batch_norm.default), _batchnorm),
     **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), _convolution),
@@ -234,6 +259,11 @@ LAYERS: dict[Any, Callable[[Call], Layer | None]] = {
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), _convolution),
     **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input), _convolution),
     **dict.fromkeys((aten.conv_transpose3d.input, aten.convolution.default), _convolution),
+    NATIVE: _batchnorm,
+    aten.max_pool2d_with_indices.default: _pool(nn.MaxPool2d),
+    aten.max_pool3d_with_indices.default: _pool(nn.MaxPool3d),
+    aten._adaptive_avg_pool2d.default: _adaptive(nn.AdaptiveAvgPool2d),  # noqa: SLF001 - its name
+    aten._adaptive_avg_pool3d.default: _adaptive(nn.AdaptiveAvgPool3d),  # noqa: SLF001 - its name
     aten.max_pool1d.default: _pool(nn.MaxPool1d),
     aten.max_pool2d.default: _pool(nn.MaxPool2d),
     aten.max_pool3d.default: _pool(nn.MaxPool3d),
@@ -262,6 +292,7 @@ METHODS = {
     aten.reshape.default: "reshape",
     aten.permute.default: "permute",
     aten.transpose.int: "transpose",
+    aten.t.default: "t",
     aten.contiguous.default: "contiguous",
     aten.clone.default: "clone",
     aten.chunk.default: "chunk",

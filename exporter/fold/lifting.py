@@ -27,12 +27,14 @@ from exporter.fold.calls import (
     FUNCTIONS,
     LAYERS,
     METHODS,
+    NATIVE,
     NOTHING,
-    PAIRED,
     RANKS,
     Layer,
     attribute,
     call_of,
+    gives_several,
+    others,
     rank,
 )
 
@@ -56,12 +58,11 @@ def _drop_unread(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def of_program(program: Any, module: nn.Module, kind: str) -> fx.GraphModule:
-    """Return an exported program's graph, plain: one input, and outputs as forward() gave them.
+def plain(traced: Any, module: nn.Module, kind: str) -> fx.GraphModule:
+    """Return torch.export's graph with one input, and outputs as forward() gave them.
 
     Tensors have the names that the module's own ``named_modules()`` would find them by.
     """
-    traced = program.module(check_guards=False)
     graph = traced.graph
     spec = graph._codegen.pytree_info.out_spec  # noqa: SLF001 - no public view
     output = graph.output_node()
@@ -118,7 +119,7 @@ class _Lifter:
             return
         if node.op != "call_function":
             return
-        make = LAYERS.get(node.target)
+        make = None if others(node) else LAYERS.get(node.target)
         layer = make(call_of(node)) if make else None
         if layer and (name := self._name(layer, node)):
             self._call(node, layer, name)
@@ -130,9 +131,13 @@ class _Lifter:
     def _call(self, node: fx.Node, layer: Layer, name: str) -> None:
         with self.graph.inserting_before(node):
             called = self.graph.call_module(name, (layer.source,))
+        self._replace(node, called)
+
+    def _replace(self, node: fx.Node, called: fx.Node) -> None:
+        """Put a call in the place of another, or of the first that the other gives."""
         called.meta = {key: node.meta[key] for key in ("val", "shape") if key in node.meta}
-        if layer.kind in PAIRED:  # whose function gives values and indices
-            called.meta["val"] = node.meta["val"][0]
+        if gives_several(node):
+            called.meta["val"] = node.meta.get("val", (None,))[0]
             for user in list(node.users):
                 user.replace_all_uses_with(called)
                 self.graph.erase_node(user)
@@ -204,6 +209,11 @@ class _Lifter:
             self.graph.erase_node(node)
         elif target in ASSERTIONS and not node.users:
             self.graph.erase_node(node)
+        elif target is NATIVE and not others(node):
+            *given, momentum, eps = node.args
+            with self.graph.inserting_before(node):
+                plainly = (*given, False, momentum, eps, False)
+                self._replace(node, self.graph.call_function(torch.batch_norm, plainly))
         elif target in METHODS:
             first, *rest = node.args
             if rest and isinstance(rest[0], list | tuple):
@@ -217,7 +227,8 @@ class _Lifter:
 
 def _caller(node: fx.Node) -> str | None:
     """Return the name of the layer of torch.nn whose forward() made a call, if one did."""
-    name, kind = next(reversed(node.meta.get("nn_module_stack", {"": ("", "")}).values()))
+    callers = [("", ""), *node.meta.get("nn_module_stack", {}).values()]
+    name, kind = callers[-1]
     plain = all(part.isalnum() or part.isidentifier() for part in name.split("."))
     return name if plain and kind.startswith("torch.nn.modules.") else None
 

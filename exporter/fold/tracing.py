@@ -32,10 +32,11 @@ from torch.utils import _pytree as pytree
 
 from exporter.errors import GraphError
 from exporter.fold.graph import note_shapes
-from exporter.fold.lifting import BATCHNORM, has_hooks, lift, of_program
+from exporter.fold.lifting import BATCHNORM, has_hooks, lift, plain
 from exporter.records import Fate
 
 BATCHES = (1, 2, 3)  # sizes at which torch.export's graph is held against the module
+OF_TORCH = ("OptimizedModule", "GuardsFn")  # whose instances have a forward() each, by design
 LARGEST = 2**31  # bounds from here on are torch.export's own
 OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/", "<")
 STDLIB = sysconfig.get_path("stdlib")
@@ -59,7 +60,10 @@ def trace(
     copy = _copy(module)
     if example is not None:
         _run(copy, example, kind)
-    traced = _traced(copy, kind, example)
+    if _is_exported(module):
+        traced = _exported(copy, module.range_constraints, kind)
+    else:
+        traced = _traced(copy, kind, example)
     return traced, tuple(_uncalled(copy, traced))
 
 
@@ -68,14 +72,14 @@ def trace(
 
 def _refuse_unfit(module: nn.Module) -> None:
     """Raise `GraphError` for what a traced copy would not do, or not do in the same way."""
-    kind = type(module).__name__
-    if module.training:
+    kind, exported = type(module).__name__, _is_exported(module)
+    if module.training and not exported:
         raise GraphError("cannot fold a network in training mode", hint="call module.eval() first")
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:  # noqa: SLF001 - no public view
         raise GraphError("there are global module hooks, which a traced copy would not run")
     for name, child in module.named_modules():
         label = name or kind
-        if child.training:
+        if child.training and not exported:
             raise GraphError(f"{label} is in training mode", hint="call module.eval() first")
         if isinstance(child, torch.jit.ScriptModule):
             hint = "fold the network that the TorchScript was made from"
@@ -90,7 +94,7 @@ def _refuse_unfit(module: nn.Module) -> None:
         if replaced := [key for key in vars(child) if _replaces(child, key)]:
             hint = "override it in a class"
             raise GraphError(f"{label}.{replaced[0]} was replaced on the instance", hint=hint)
-    if has_hooks(module):
+    if has_hooks(module) and not (exported and _hooked_by_export(module)):
         raise GraphError(f"{kind} has hooks of its own, which a traced copy would not run")
 
 
@@ -105,7 +109,18 @@ def _replaces(module: nn.Module, key: str) -> bool:
     found = inspect.getattr_static(type(module), key, None)
     is_method = inspect.isfunction(found) or isinstance(found, staticmethod | classmethod)
     used = key == "forward" or not hasattr(nn.Module, key)  # whose others compute nothing
-    return is_method and used and not _is_compiled(module)
+    return is_method and used and type(module).__name__ not in OF_TORCH
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Return whether torch.export made it, which writes the mode into each call and keeps none."""
+    return isinstance(module, fx.GraphModule) and "eval" in vars(module)
+
+
+def _hooked_by_export(module: nn.Module) -> bool:
+    """Return whether all hooks are torch.export's, which check and unpack the input."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001 - no public view
+    return all(getattr(hook, "__module__", "") == "torch.export._unlift" for hook in hooks)
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -246,8 +261,9 @@ def _by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphMod
     shapes[example] = {0: torch.export.Dim.AUTO}
     with _quiet(), torch.no_grad(), _len_of_tensors(copy):
         program = torch.export.export(copy, (example,), dynamic_shapes=shapes, strict=False)
-    _check_free(program, kind)
-    lifted = lift(of_program(program, copy, kind))
+    traced = plain(program.module(check_guards=False), copy, kind)
+    _check_free(traced, program.range_constraints, kind)
+    lifted = lift(traced)
     _check_same(copy, lifted, example, kind)
     for batch in BATCHES:
         repeated = example.repeat(-(-batch // len(example)), *[1] * (example.ndim - 1))[:batch]
@@ -256,20 +272,31 @@ def _by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphMod
         except _Differs as error:
             raise GraphError(
                 f"{kind} takes another way for a batch of {batch} than for {len(example)}, "
-                "and a graph has one"
+                "and a graph has one way"
             ) from error
     return lifted
 
 
-def _check_free(program: torch.export.ExportedProgram, kind: str) -> None:
-    """Raise `GraphError` if the program is for some sizes of batch alone."""
-    (name,) = program.graph_signature.user_inputs
-    node = next(node for node in program.graph.nodes if node.name == name)
+def _exported(copy: Any, ranges: Any, kind: str) -> fx.GraphModule:
+    """Return the graph that torch.export made of a network before, without its guards."""
+    for node in list(copy.graph.nodes):
+        if node.target == "_guards_fn":
+            copy.graph.erase_node(node)
+    traced = plain(copy, copy, kind)
+    _check_free(traced, ranges, kind)
+    return lift(traced)
+
+
+def _check_free(traced: fx.GraphModule, ranges: dict[Any, Any], kind: str) -> None:
+    """Raise `GraphError` if a graph is for some sizes of batch alone."""
+    node = next(node for node in traced.graph.nodes if node.op == "placeholder")
     size = node.meta["val"].shape[0]
     asks = "as its code asks for the batch's size"
     if str(size).isdecimal():
-        raise GraphError(f"{kind} was traced by torch.export for a batch of {size} alone, {asks}")
-    largest = str(program.range_constraints[size.node.expr].upper)
+        hint = "write x.shape[0] without int(), and do not go over the pictures in a loop"
+        said = f"{kind} was traced by torch.export for a batch of {size} alone, {asks}"
+        raise GraphError(said, hint=hint)
+    largest = str(ranges[size.node.expr].upper)
     if largest.isdecimal() and int(largest) < LARGEST:
         raise GraphError(f"{kind} was traced by torch.export for at most {largest} at once, {asks}")
 
@@ -283,7 +310,8 @@ def _len_of_tensors(module: nn.Module) -> Iterator[None]:
 
     forwards = (type(child).forward for child in module.modules())
     spaces = {id(found): found for f in forwards if (found := getattr(f, "__globals__", None))}
-    used = [space for space in spaces.values() if "len" not in space]
+    own = [space for space in spaces.values() if not space["__name__"].startswith("torch.")]
+    used = [space for space in own if "len" not in space]
     try:
         for space in used:
             space["len"] = length
@@ -390,5 +418,7 @@ def _is_of_the_model(filename: str) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return an error's first line, as the end of a sentence."""
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "which way it goes depends on the values of the input"
     line = next(iter(str(error).strip().splitlines()), repr(error))
     return line.rstrip(". ")

@@ -38,6 +38,7 @@ from exporter.fold.calls import (
     rank,
 )
 
+UNREAD = ("size", "t", "permute", "transpose")  # methods that do nothing if nothing reads them
 FREE = frozenset({"__init__", "_check_input_dim", "extra_repr", "reset_parameters"})
 BATCHNORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base of all
 
@@ -54,7 +55,7 @@ def lift(traced: fx.GraphModule) -> fx.GraphModule:
 
 def _drop_unread(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or node.target == "size"):
+        if not node.users and (node.op == "get_attr" or node.target in UNREAD):
             graph.erase_node(node)
 
 

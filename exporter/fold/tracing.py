@@ -81,7 +81,7 @@ def _refuse_unfit(module: nn.Module) -> None:
         label = name or kind
         if child.training and not exported:
             raise GraphError(f"{label} is in training mode", hint="call module.eval() first")
-        if isinstance(child, torch.jit.ScriptModule):
+        if any(base.__name__ == "ScriptModule" for base in type(child).__mro__):
             hint = "fold the network that the TorchScript was made from"
             raise GraphError(f"{label} is TorchScript, which cannot be traced", hint=hint)
         tensors = (*child.parameters(recurse=False), *child.buffers(recurse=False))

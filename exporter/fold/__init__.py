@@ -43,7 +43,8 @@ from exporter.fold.affine import BATCHNORMS, ChannelClamp, ChannelShift, Channel
 from exporter.fold.backwards import push_backwards
 from exporter.fold.forwards import check_centred, push_forwards
 from exporter.fold.graph import Graph, Stays, note_shapes
-from exporter.fold.tracing import first_line, trace
+from exporter.fold.same import first_line
+from exporter.fold.tracing import trace
 from exporter.records import Fate
 
 __all__ = ["ChannelClamp", "ChannelShift", "ChannelSign", "Folded", "fold_batchnorm"]
@@ -67,8 +68,8 @@ def fold_batchnorm(module: nn.Module, example: torch.Tensor | None = None) -> Fo
     A BatchNorm that stays does so unchanged, and its fate says why. ``example`` is one input; with
     it the shapes are known, which folding into linear layers and out of reshapes may need.
 
-    Raises `GraphError` if the network is in training mode, cannot be copied or traced by torch.fx,
-    or has a BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
+    Raises `GraphError` if the network is in training mode, cannot be copied or traced, or has a
+    BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
     """
     dtype = _floating_dtype(module)
     kind = type(module).__name__

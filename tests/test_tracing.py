@@ -171,6 +171,18 @@ class CountsChannels(Block):
         return super().forward(x)
 
 
+class Rearranges(Block):
+    def forward(self, x):
+        y = super().forward(x) if x.shape[1] == 3 else x
+        y = y[:, 1:5, ::2, -3:].unsqueeze(1).squeeze(1).flip(1).movedim(1, 2).transpose(1, 2)
+        y = torch.cat(
+            [*y.split(1, 1), *y.split([1, 3], 1), y[:, None].expand(-1, 2, -1, -1, -1)[:, 1]], 1
+        )
+        y = functional.pixel_shuffle(functional.channel_shuffle(y, 2), 2)[:]
+        y = functional.pad(functional.pad(y, (1, 0, 0, 2)), (1, 1, 1, 1), "replicate")
+        return functional.pad(y, (0, 1), value=2.0), y.unflatten(1, (1, -1)).narrow(2, 1, 2)[..., 0]
+
+
 class Checkpointed(Block):
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
@@ -210,6 +222,7 @@ EXPORTED = [
     (Iterates(), 1),
     (IteratesATensor(), 1),
     (CountsChannels(), 1),
+    (Rearranges(), 1),
     (Checkpointed(), 1),
     (Ignored(), 1),
     (InPlace(), 1),
@@ -273,6 +286,34 @@ def test_every_kind_of_layer_is_lifted_and_computes_the_same():
     del want["stem.8"], got["stem.8"]  # whose padding by reflection is a call of its own
     assert got == want
     assert not {n.target for n in traced.graph.nodes if "dropout" in str(n.target)}
+
+
+class Guarded(nn.Module):
+    """A network that torch.fx cannot trace, around one that it can."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        if x.dim() != 4:
+            raise ValueError(x.shape)
+        return self.net(x)
+
+
+def test_both_ways_to_trace_the_documents_network_fold_it_to_the_same_bits(tiny_module):
+    x = torch.randn(4, 1, 32, 32)
+    by_fx, by_export = (
+        fold_batchnorm(tiny_module, x),
+        fold_batchnorm(Guarded(tiny_module).eval(), x),
+    )
+    names = [f"net.{fate.name}" for fate in by_fx.fates if fate.folded]
+    assert [fate.name for fate in by_export.fates if fate.folded] == names
+    assert len(names) == 5
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 1, 32, 32)
+        with torch.inference_mode():
+            assert torch.equal(by_export.module(x), by_fx.module(x))
 
 
 class Shared(Block):

@@ -18,6 +18,7 @@ from torch.nn import functional
 from exporter.fold.affine import CONVOLUTIONS, TRANSPOSED
 
 aten = torch.ops.aten
+END = 2**63 - 1  # what aten writes for the end of an axis
 RANKS: dict[int | None, type[nn.Module]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
@@ -115,6 +116,17 @@ def rank(node: fx.Node) -> int | None:
         return len(shape)
     value = node.meta.get("val")
     return value.ndim if isinstance(value, torch.Tensor) else None
+
+
+def as_index(node: fx.Node) -> tuple[slice, ...] | None:
+    """Return the index that an aten slice is, () if it is of all, None if it cannot be told."""
+    given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    dim, start, end, step = given[1:]
+    if not isinstance(dim, int) or dim < 0 or node.kwargs:
+        return None
+    if start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= END)):
+        return ()
+    return (*[slice(None)] * dim, slice(start, end, step))
 
 
 # ── Layers with weights ─────────────────────────────────────────────────────────────
@@ -238,6 +250,16 @@ def _hardtanh(call: Call) -> Layer | None:
     return Layer(given["self"], nn.Hardtanh, options)
 
 
+def _zero_pad(call: Call) -> Layer | None:
+    kinds = {2: nn.ZeroPad1d, 4: nn.ZeroPad2d, 6: nn.ZeroPad3d}
+    pad = tuple(call.given["pad"])
+    over_last = rank(call.given["self"]) == 2 + len(pad) // 2
+    zeros = over_last and call.given["mode"] == "constant" and call.given["value"] in (None, 0)
+    if not zeros or len(pad) not in kinds or not all(isinstance(part, int) for part in pad):
+        return None
+    return Layer(call.given["self"], kinds[len(pad)], {"padding": pad})
+
+
 def _leaky_in_place(call: Call) -> Layer:
     options = {"negative_slope": call.given["negative_slope"], "inplace": True}
     return Layer(call.given["self"], nn.LeakyReLU, options)
@@ -248,6 +270,7 @@ def _hardsigmoid_in_place(call: Call) -> Layer:
 
 
 NATIVE = aten._native_batch_norm_legit_no_training.default  # noqa: SLF001 - its name
+SLICE = aten.slice.Tensor
 LAYERS: dict[Any, Callable[[Call], Layer | None]] = {
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
     **dict.fromkeys((functional.linear, aten.linear.default), _linear),
@@ -277,6 +300,7 @@ LAYERS: dict[Any, Callable[[Call], Layer | None]] = {
     aten.adaptive_max_pool2d.default: _adaptive(nn.AdaptiveMaxPool2d),
     aten.adaptive_max_pool3d.default: _adaptive(nn.AdaptiveMaxPool3d),
     **dict.fromkeys((aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default), _hardtanh),
+    aten.pad.default: _zero_pad,
     aten.leaky_relu_.default: _leaky_in_place,
     aten.hardsigmoid_.default: _hardsigmoid_in_place,
 }
@@ -298,6 +322,15 @@ METHODS = {
     aten.chunk.default: "chunk",
     aten.split.Tensor: "split",
     aten.sym_size.int: "size",
+    aten.split_with_sizes.default: "split_with_sizes",
+    aten.squeeze.dim: "squeeze",
+    aten.unsqueeze.default: "unsqueeze",
+    aten.select.int: "select",
+    aten.narrow.default: "narrow",
+    aten.expand.default: "expand",
+    aten.flip.default: "flip",
+    aten.movedim.int: "movedim",
+    aten.unflatten.int: "unflatten",
 }
 FUNCTIONS: dict[Any, Any] = {
     aten.relu.default: functional.relu,
@@ -309,6 +342,10 @@ FUNCTIONS: dict[Any, Any] = {
     aten.flatten.using_ints: torch.flatten,
     aten.mean.dim: torch.mean,
     aten.cat.default: torch.cat,
+    aten.pad.default: functional.pad,
+    aten.pixel_shuffle.default: torch.pixel_shuffle,
+    aten.pixel_unshuffle.default: torch.pixel_unshuffle,
+    aten.channel_shuffle.default: torch.channel_shuffle,
     aten.add.Tensor: operator.add,
     aten.add_.Tensor: operator.iadd,
     aten.sub.Tensor: operator.sub,

@@ -11,6 +11,7 @@ torch.fx would have written for them, where folding knows that, and run as they 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from exporter.fold.calls import (
     NATIVE,
     NOTHING,
     RANKS,
+    SLICE,
     Layer,
+    as_index,
     attribute,
     call_of,
     gives_several,
@@ -38,6 +41,7 @@ from exporter.fold.calls import (
     rank,
 )
 
+SPREAD = ("view", "reshape", "permute", "expand", "flip")  # methods that take sizes one by one
 UNREAD = ("size", "t", "permute", "transpose")  # methods that do nothing if nothing reads them
 FREE = frozenset({"__init__", "_check_input_dim", "extra_repr", "reset_parameters"})
 BATCHNORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base of all
@@ -215,10 +219,16 @@ class _Lifter:
             with self.graph.inserting_before(node):
                 plainly = (*given, False, momentum, eps, False)
                 self._replace(node, self.graph.call_function(torch.batch_norm, plainly))
+        elif target is SLICE and (index := as_index(node)) is not None:
+            node.target, node.args = operator.getitem, (node.args[0], index)
+            if not index:
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self.graph.erase_node(node)
         elif target in METHODS:
             first, *rest = node.args
-            if rest and isinstance(rest[0], list | tuple):
-                rest = [*rest[0], *rest[1:]]
+            if METHODS[target] in SPREAD:
+                sizes: Any = rest[0]
+                rest = [*sizes, *rest[1:]]
             node.op, node.target, node.args = "call_method", METHODS[target], (first, *rest)
         elif target in FUNCTIONS and not node.kwargs:
             node.target = FUNCTIONS[target]

@@ -33,7 +33,6 @@ Everything is computed in float64 and rounded once, to the type the network had.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +43,8 @@ from exporter.fold.affine import BATCHNORMS, ChannelClamp, ChannelShift, Channel
 from exporter.fold.backwards import push_backwards
 from exporter.fold.forwards import check_centred, push_forwards
 from exporter.fold.graph import Graph, Stays, note_shapes
+from exporter.fold.same import first_line
+from exporter.fold.tracing import trace
 from exporter.records import Fate
 
 __all__ = ["ChannelClamp", "ChannelShift", "ChannelSign", "Folded", "fold_batchnorm"]
@@ -67,32 +68,20 @@ def fold_batchnorm(module: nn.Module, example: torch.Tensor | None = None) -> Fo
     A BatchNorm that stays does so unchanged, and its fate says why. ``example`` is one input; with
     it the shapes are known, which folding into linear layers and out of reshapes may need.
 
-    Raises `GraphError` if the network is in training mode, cannot be copied or traced by torch.fx,
-    or has a BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
+    Raises `GraphError` if the network is in training mode, cannot be copied or traced, or has a
+    BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
     """
-    if module.training:
-        raise GraphError("cannot fold a network in training mode", hint="call module.eval() first")
     dtype = _floating_dtype(module)
     kind = type(module).__name__
-    if training := [name for name, child in module.named_modules() if child.training]:
-        raise GraphError(f"{training[0]} is in training mode", hint="call module.eval() first")
-    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - no public view
-        raise GraphError(f"{kind} has hooks of its own, which a traced copy would not run")
-    try:
-        copy = deepcopy(module)
-    except RuntimeError as error:  # what parametrisations of the old kind leave in place of weights
-        raise GraphError(f"cannot copy {kind}: {_first_line(error)}") from error
-    try:
-        traced = fx.symbolic_trace(copy)
-    except Exception as error:  # tracing runs the user's own forward(), which may raise anything
-        raise GraphError(f"torch.fx cannot trace {kind}: {_first_line(error)}") from error
+    example = None if example is None else example.to(dtype)
+    traced, uncalled = trace(module, example)
     if example is not None:
         try:
-            note_shapes(traced, example.to(dtype))
+            note_shapes(traced, example)
         except Exception as error:  # of the network's own forward()
-            raise GraphError(f"{kind} does not take the example: {_first_line(error)}") from error
+            raise GraphError(f"{kind} does not take the example: {first_line(error)}") from error
     graph = Graph(traced.double())
-    fates = tuple(_fold(graph, node) for node in graph.batchnorms())
+    fates = (*(_fold(graph, node) for node in graph.batchnorms()), *uncalled)
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
@@ -134,12 +123,8 @@ def _fold(graph: Graph, node: fx.Node) -> Fate:
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:
     tensors = (*module.parameters(), *module.buffers())
-    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    kinds = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
     if len(kinds) > 1:
         names = ", ".join(sorted(map(str, kinds)))
         raise GraphError(f"cannot fold a network that mixes {names}")
     return kinds.pop() if kinds else torch.get_default_dtype()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))

@@ -190,15 +190,22 @@ class OnnxModel(NamedTuple):
 
 
 class Fate(Found, frozen=True):
-    """What became of one BatchNorm."""
+    """What became of one BatchNorm.
+
+    ``error`` is how far folding it moved the network's values in float64, as relative L2; None if
+    that was not measured.
+    """
 
     name: str
     pattern: str
     folded: bool
     detail: str
+    error: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.pattern}: {'' if self.folded else 'kept: '}{self.detail}"
+        measured = "" if self.error is None else f" (error {self.error:.1e})"
+        kept = "" if self.folded else "kept: "
+        return f"{self.name}: {self.pattern}: {kept}{self.detail}{measured}"
 
 
 # ── What was measured ───────────────────────────────────────────────────────────────

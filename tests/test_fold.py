@@ -235,6 +235,15 @@ class CalledTwice(nn.Module):
         return self.bn(self.second(self.bn(self.first(x))))
 
 
+class ConvCalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        return self.bn(self.conv(self.conv(x)))
+
+
 class SharedWeights(nn.Module):
     def __init__(self):
         super().__init__()
@@ -297,12 +306,15 @@ def hooked() -> nn.Module:
     [
         (hooked(), "0 has hooks, which may change what it computes"),
         (WeightsReadAlone(), "conv's weights are also read by themselves"),
-        (ScaleReadAlone(), "bn's weights are also read by themselves"),
         (nn.Sequential(nn.BatchNorm2d(1), nn.Sigmoid()), "the network's input is in front of it"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(2)), "Sigmoid stands"),
         (TwoReaders(), "conv is also read by add"),
         (ReluReadTwice(), "relu is also read by add"),
-        (CalledTwice(), "bn is called 2 times"),
+        (ConvCalledTwice(), "conv is called 2 times; "),
+        (
+            ConvCalledTwice(),
+            "; copy_weights=True would fold it: scale and shift into a copy of conv",
+        ),
         (SharedWeights(), "conv shares its weights with another module"),
         (AsFunction(), "a function call, not a BatchNorm module"),
         (
@@ -321,6 +333,19 @@ def test_a_batchnorm_that_stays_says_why_and_the_answer_stays_too(module, reason
     if "SyncBatchNorm" not in reason:  # which runs on a GPU only
         with torch.inference_mode():
             assert torch.equal(folded.module(x), module(x))
+
+
+@pytest.mark.parametrize("module", [CalledTwice(), ScaleReadAlone()])
+def test_a_batchnorm_that_others_use_goes_since_it_is_not_changed(module):
+    module = disturb(module).eval()
+    folded = fold_batchnorm(module)
+    assert all(fate.folded for fate in folded.fates)
+    assert folding_error(module, torch.randn(2, 1, 8, 8)) < EXACT
+
+
+def test_each_call_of_a_batchnorm_has_a_fate_of_its_own():
+    fates = fold_batchnorm(disturb(CalledTwice()).eval()).fates
+    assert [fate.name for fate in fates] == ["bn (call 1 of 2)", "bn (call 2 of 2)"]
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────

@@ -68,7 +68,7 @@ def push_backwards(
         return _into_concatenation(graph, node, affine)
     if node.op == "placeholder":
         raise Stays("the network's input is in front of it")
-    raise Stays(f"no layer in front of it can take it: {graph.kind(node)} stands between")
+    raise Stays(f"no layer in front of it can take it: {graph.between(node)} stands between")
 
 
 # ── Where it ends ───────────────────────────────────────────────────────────────────

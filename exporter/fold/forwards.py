@@ -192,7 +192,7 @@ def _behind(walk: _Walk, node: fx.Node, carried: _Carried) -> Plan:
         patterns[0] if len(patterns) == 1 else f"({', '.join(patterns)})",
         0,
         tuple(edit for plan in plans for edit in plan.edits),
-        tuple(said for plan in plans for said in plan.said),
+        tuple(dict.fromkeys(said for plan in plans for said in plan.said)),
     )
 
 
@@ -233,8 +233,7 @@ def _passing(graph: Graph, node: fx.Node, carried: _Carried) -> _Carried:
             raise Stays(f"{graph.label(node)} is a mean over more than a channel's values")
         return carried._replace(spatial=left)
     if not (passes_maps(graph, node) or shift_stops):
-        what = "the output" if node.op == "output" else graph.kind(node)
-        raise Stays(f"no layer behind it can take it: {what} comes first")
+        raise Stays(f"no layer behind it can take it: {graph.between(node)} comes first")
     graph.check_pool(node, spatial)
     if graph.is_a(node, MAXPOOL) and graph.returns_indices(node):
         raise Stays(f"{graph.label(node)} returns indices")

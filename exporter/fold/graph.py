@@ -233,12 +233,20 @@ class Graph:
 
     def rearranges(self, node: fx.Node) -> bool:
         """Return whether a node only moves values, and what it makes of them is known."""
-        if node.op == "call_module":
-            moves = type(self.module(node)) in REARRANGING
-        else:
-            moves = is_rearrangement(node)
-        sources = self.sources(node) if moves else []
+        sources = self.sources(node) if self.moves(node) else []
         return len(sources) == 1 and bool(shape_of(node) or "parts" in node.meta)
+
+    def moves(self, node: fx.Node) -> bool:
+        """Return whether a node only moves values, known or not."""
+        if node.op == "call_module":
+            return type(self.module(node)) in REARRANGING
+        return is_rearrangement(node)
+
+    def between(self, node: fx.Node) -> str:
+        """Return a node's kind, for a reason why it is in the way."""
+        unknown = self.moves(node) and not self.rearranges(node)
+        told = " (what it does with channels, an example input would tell)" if unknown else ""
+        return f"{'the output' if node.op == 'output' else self.kind(node)}{told}"
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes with tensors that a node reads, where an example was run."""

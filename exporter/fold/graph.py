@@ -197,7 +197,8 @@ class Graph:
         calls = Counter(str(other.target) for other in nodes if other.op == "call_module")
         if calls[name] > 1:
             return f"{name} is called {calls[name]} times"
-        read = (str(other.target) for other in nodes if other.op == "get_attr")
+        gets = (other for other in nodes if other.op == "get_attr" and self.readers(other))
+        read = (str(other.target) for other in gets)
         if any(target.startswith(f"{name}.") for target in read):
             return f"{name}'s weights are also read by themselves"
         owners: dict[int, set[str]] = {}

@@ -22,7 +22,9 @@ def batchnorms(module: nn.Module) -> int:
     return len(normalisations(module))
 
 
-def hostile(module: nn.Module, seed: int = 0, *, deviations: float = 3.0) -> nn.Module:
+def hostile(
+    module: nn.Module, seed: int = 0, *, deviations: float = 3.0, decades: int = 3
+) -> nn.Module:
     """Give every BatchNorm statistics over orders of magnitude, of all signs, some γ = 0."""
     generator = torch.Generator().manual_seed(seed)
     for layer in normalisations(module):
@@ -33,9 +35,9 @@ def hostile(module: nn.Module, seed: int = 0, *, deviations: float = 3.0) -> nn.
 
         sign = torch.randint(-1, 2, (size,), generator=generator)
         if layer.affine:
-            layer.weight.data = sign * spread(-3, 3)
+            layer.weight.data = sign * spread(-decades, decades)
             layer.bias.data = torch.randn(size, generator=generator) * spread(-1, 1)
-        layer.running_var = spread(-4, 4)
+        layer.running_var = spread(-decades, decades)
         far = deviations * torch.randn(size, generator=generator)
         layer.running_mean = far * layer.running_var.sqrt()
     return module.eval()

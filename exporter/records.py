@@ -453,6 +453,10 @@ class FoldRecord(Found, frozen=True):
     def folded(self) -> int:
         return sum(fate.folded for fate in self.fates)
 
+    @property
+    def unmeasured(self) -> int:
+        return sum(fate.folded and fate.error is None for fate in self.fates)
+
 
 class Source(Found, frozen=True):
     """What was exported: a network, its weights, and the shape it was asked to take."""

@@ -162,6 +162,33 @@ def test_a_layer_that_is_reached_by_two_ways_takes_both():
     assert "activation is reached by two ways" in said
 
 
+class PartsMeet(nn.Module):
+    """Both parts of a chunk lead back to one layer, by way of one activation."""
+
+    def __init__(self, activation, norm):
+        super().__init__()
+        self.conv, self.activation, self.norm = nn.Conv2d(4, 8, 3), activation, norm
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        one, other = self.norm(self.activation(self.conv(x))).chunk(2, dim=1)
+        return self.bn(torch.cat([other, functional.relu(one)], dim=1))
+
+
+def test_parts_that_meet_again_take_their_own_from_one_layer():
+    check(PartsMeet(nn.Identity(), nn.Identity()), PICTURE, example=PICTURE)
+    check(PartsMeet(nn.LeakyReLU(), nn.Identity()), PICTURE, example=PICTURE)
+    (said,) = check(PartsMeet(nn.ReLU6(), nn.Identity()), PICTURE, folded=False, example=PICTURE)
+    assert "activation is reached by two ways" in said
+
+
+def test_what_an_earlier_fold_left_is_not_taken_up_twice():
+    module = disturb(PartsMeet(nn.ReLU(), nn.BatchNorm2d(8))).eval()
+    first, second = compare(module, PICTURE, example=PICTURE).fates
+    assert first.folded
+    assert "norm_sign is reached by two ways" in second.detail
+
+
 def test_a_picture_that_becomes_features_goes_forwards_only():
     x = torch.randn(2, 4, 3, 3)
     forwards = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))

@@ -7,7 +7,8 @@ At inference it is one affine map per channel:
 It is pushed backwards, through whatever commutes with it, into the layers that feed it:
 
     layer W, b                 a·(W∗x + b) + c           = (a·W)∗x + (a·b + c)
-    average pool, identity     a·mean(x) + c             = mean(a·x + c)
+    average pool, resizing     a·mean(x) + c             = mean(a·x + c)
+    shuffle, chunk, reshape    the channels of a and c are shuffled, too, where they stay whole
     x + y                      a·(x + y) + c             = (a·x + c) + a·y
     concatenation              each branch takes its channels of a and c
     clamp of z to [l, h]       a·clamp(z, l, h) + c      = clamp(a·z + c, a·l + c, a·h + c)
@@ -27,8 +28,19 @@ Where nothing in front can take it, it is pushed forwards into the layers that r
     layer W, b                 W∗(a·x + c) + b           = (W·a)∗x + (b + Σ W·c)
 
 which is exact where no zero padding comes between, since the padding would have to be a·0 + c.
+Where it does, where means are so large that float32 would lose digits, and where an activation
+stands between, the shift is left as one addition in the BatchNorm's place, and the scale goes:
 
-Everything is computed in float64 and rounded once, to the type the network had.
+    layer W, b                 W∗(a·x + c) + b           = (W·a)∗(x + c/a) + b
+    f as above                 W∗f(a·x + c) + b          = (W·|a|)∗f(sign(a)·x + c/|a|) + b
+    clamp to [l, h]            clamp(|a|·z, l, h)        = |a|·clamp(z, l/|a|, h/|a|)
+
+That loses no digits, since x + c/|a| rounds as a·x + c does. (For zero padding alone there is also
+a constant map behind the layer; it is as fast and ties the network to one size of picture, see
+benchmarks/padding_forms.py.)
+
+Everything is computed in float64 and rounded once, to the type the network had. With an example,
+the network's values are compared after every fold, and one that moves them is undone.
 """
 
 from __future__ import annotations

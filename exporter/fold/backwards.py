@@ -128,7 +128,7 @@ def _into_leftover(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     def edit(_: str) -> None:
         graph.remove(node)
 
-    return plan._replace(edits=(*plan.edits, edit))
+    return plan._replace(edits=(*plan.edits, edit), once=(*plan.once, node))
 
 
 # ── What it passes ──────────────────────────────────────────────────────────────────
@@ -223,7 +223,8 @@ def _through_clamp(graph: Graph, node: fx.Node, affine: Affine, clamp: Clamp) ->
         graph.remove(node)
 
     said = f"bounds of {graph.label(node)} moved, one pair per channel"
-    return plan._replace(edits=(*plan.edits, edit), said=(*plan.said, said))
+    edits = (*plan.edits, edit)
+    return plan._replace(edits=edits, said=(*plan.said, said), once=(*plan.once, node))
 
 
 # ── Where branches meet ─────────────────────────────────────────────────────────────
@@ -266,11 +267,15 @@ def _into_concatenation(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
 def _joined(graph: Graph, node: fx.Node, plans: list[Plan]) -> Plan:
     if len({plan.spatial for plan in plans}) > 1:
         raise Stays(f"{graph.label(node)} joins tensors of different rank")
+    once = [node for plan in plans for node in plan.once]
+    if twice := [node for node in once if once.count(node) > 1]:
+        raise Stays(f"{graph.label(twice[0])} is reached by two ways")
     edits: tuple[Edit, ...] = tuple(edit for plan in plans for edit in plan.edits)
     return Plan(
         f"({', '.join(plan.pattern for plan in plans)}) → {graph.kind(node)}",
         plans[0].spatial,
         edits,
-        tuple(said for plan in plans for said in plan.said),
+        tuple(dict.fromkeys(said for plan in plans for said in plan.said)),
         tuple(left for plan in plans for left in plan.left),
+        tuple(once),
     )

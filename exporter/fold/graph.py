@@ -59,13 +59,17 @@ class Left(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What folding would change, decided before anything is changed."""
+    """What folding would change, decided before anything is changed.
+
+    ``once`` has the nodes that two plans cannot both change, even for channels of their own.
+    """
 
     pattern: str
     spatial: int
     edits: tuple[Edit, ...] = ()
     said: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
+    once: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,14 +265,15 @@ class ReluReadTwice(nn.Module):
 
 
 class AsFunction(nn.Module):
-    def __init__(self):
+    def __init__(self, training=False):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.how = training
 
     def forward(self, x):
         bn = self.bn
         return functional.batch_norm(
-            self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias
+            self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, training=self.how
         )
 
 
@@ -316,7 +317,7 @@ def hooked() -> nn.Module:
             "; copy_weights=True would fold it: scale and shift into a copy of conv",
         ),
         (SharedWeights(), "conv shares its weights with another module"),
-        (AsFunction(), "a function call, not a BatchNorm module"),
+        (AsFunction(training=True), "a function call that is not plainly a BatchNorm's"),
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.SyncBatchNorm(2)),
             "a SyncBatchNorm, whose arithmetic is its own",
@@ -341,6 +342,31 @@ def test_a_batchnorm_that_others_use_goes_since_it_is_not_changed(module):
     folded = fold_batchnorm(module)
     assert all(fate.folded for fate in folded.fates)
     assert folding_error(module, torch.randn(2, 1, 8, 8)) < EXACT
+
+
+class NormAndAct(nn.BatchNorm2d):
+    """A BatchNorm that brings its activation, and calls the function by itself."""
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        x = functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.1, self.eps)
+        return functional.leaky_relu(x, -0.5)
+
+
+@pytest.mark.parametrize("module", [AsFunction(), nn.Sequential(nn.Conv2d(1, 2, 3), NormAndAct(2))])
+def test_a_function_call_is_a_batchnorm_too(module):
+    module = disturb(module).eval()
+    (fate,) = fold_batchnorm(module).fates
+    assert fate.folded
+    assert fate.name in ("bn_norm", "1_norm")
+    assert folding_error(module, torch.randn(2, 1, 8, 8)) < EXACT
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_what_its_kind_is():
+    module = disturb(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))).eval()
+    module[0].forward = lambda x: functional.conv2d(x, module[0].weight).abs()
+    (fate,) = fold_batchnorm(module).fates
+    assert "0 has a forward() of its own" in fate.detail
 
 
 def test_each_call_of_a_batchnorm_has_a_fate_of_its_own():

@@ -66,6 +66,7 @@ from exporter.fold.affine import (
 from exporter.fold.backwards import push_backwards
 from exporter.fold.copies import fork
 from exporter.fold.forwards import push_forwards
+from exporter.fold.functions import name_functions
 from exporter.fold.graph import Graph, Plan, Stays
 from exporter.fold.shapes import note_shapes
 from exporter.fold.truth import AGREES, Truth
@@ -119,7 +120,7 @@ def fold_batchnorm(
             note_shapes(traced, example.to(dtype))
         except Exception as error:  # of the network's own forward()
             raise GraphError(f"{kind} does not take the example: {_first_line(error)}") from error
-    traced.double()
+    name_functions(Graph(traced.double(), dtype))
     truth = None if example is None else Truth.of(traced, example)
     wrong: dict[str, str] = {}
     while True:
@@ -180,7 +181,9 @@ def _names(batchnorms: list[fx.Node]) -> dict[str, str]:
 def _fold(graph: Graph, node: fx.Node, name: str, wrong: str | None, *, copies: bool) -> Fate:
     """Fold one use of a BatchNorm in place, or leave it and say why."""
     if node.op == "call_function":
-        return Fate(name, "batch_norm()", False, "a function call, not a BatchNorm module")
+        return Fate(
+            name, "batch_norm()", False, "a function call that is not plainly a BatchNorm's"
+        )
     batchnorm = graph.module(node)
     if type(batchnorm) not in BATCHNORMS:
         kind = type(batchnorm).__name__

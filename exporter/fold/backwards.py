@@ -169,7 +169,7 @@ def _through_rearrangement(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
         for user in users:
             if not graph.rearranges(user) or _channels_of(graph, user, values[read]) & {*becomes}:
                 raise Stays(f"{graph.label(read)} is also read by {user.name}")
-    wide = Affine(torch.ones(shape[1]).double(), torch.zeros(shape[1]).double())
+    wide = Affine(affine.scale.new_ones(shape[1]), affine.scale.new_zeros(shape[1]))
     for origin, channel in becomes.items():
         wide.scale[origin], wide.shift[origin] = affine.scale[channel], affine.shift[channel]
     plan = push_backwards(graph, source, chain[0], wide, beside[source])

@@ -280,8 +280,8 @@ def _through_concatenation(walk: _Walk, node: fx.Node, source: fx.Node, carried:
         own = part is source
         if own and size != len(carried.affine.scale):
             raise Stays(f"{graph.label(node)} joins features, not channels")
-        scales.append(carried.affine.scale if own else torch.ones(size).double())
-        shifts.append(carried.affine.shift if own else torch.zeros(size).double())
+        scales.append(carried.affine.scale if own else carried.affine.scale.new_ones(size))
+        shifts.append(carried.affine.shift if own else carried.affine.scale.new_zeros(size))
     return _on(walk, node, _Carried(Affine(torch.cat(scales), torch.cat(shifts)), spatial))
 
 

@@ -39,6 +39,7 @@ from exporter.fold.kinds import (
     ZERO_PAD,
     Kinds,
     asks_for_shape,
+    is_batch_norm,
     is_rearrangement,
 )
 from exporter.fold.shapes import rearranged, shape_of
@@ -88,12 +89,10 @@ class Graph:
     def batchnorms(self) -> list[fx.Node]:
         """Return every use of batch normalisation, foldable or not: none may go unreported."""
         base = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base of all
-        functions = (functional.batch_norm, torch.batch_norm)
         return [
             node
             for node in self.traced.graph.nodes
-            if isinstance(self.module(node), base)
-            or (node.op == "call_function" and node.target in functions)
+            if isinstance(self.module(node), base) or is_batch_norm(node)
         ]
 
     def module(self, node: fx.Node) -> Any:
@@ -170,12 +169,14 @@ class Graph:
                 raise Stays(f"{changed} is changed in place by {self.label(node)}")
 
     def check_hooks(self, node: fx.Node) -> None:
-        """Raise `Stays` if the module that a node calls has hooks."""
+        """Raise `Stays` if the module that a node calls is not only what its kind is."""
         module = self.module(node)
         if module is not None and (
             module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no public view
         ):
             raise Stays(f"{self.label(node)} has hooks, which may change what it computes")
+        if module is not None and "forward" in vars(module):
+            raise Stays(f"{self.label(node)} has a forward() of its own")
 
     def check_pool(self, node: fx.Node, spatial: int | None) -> None:
         """Raise `Stays` if a pool takes another number of axes than lie behind the channels.

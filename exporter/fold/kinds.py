@@ -57,7 +57,7 @@ IN_PLACE = frozenset({  # of Python's operators
     "setitem",
 })
 REARRANGEMENTS = frozenset({  # their results hold values of what they read, and nothing else
-    "channel_shuffle", "chunk", "clone", "contiguous", "detach", "expand", "flatten", "flip",
+    "channel_shuffle", "chunk", "clone", "contiguous", "detach", "flatten", "flip",
     "getitem", "moveaxis", "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle",
     "reshape", "select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims",
     "tensor_split", "transpose", "unflatten", "unsqueeze", "view",
@@ -78,6 +78,12 @@ def is_rearrangement(node: fx.Node) -> bool:
         return False
     home = str(getattr(node.target, "__module__", None) or "torch")
     return node.op == "call_method" or home.partition(".")[0] in ("torch", "_operator", "operator")
+
+
+def is_batch_norm(node: fx.Node) -> bool:
+    """Return whether a node calls batch normalisation as a function."""
+    functions = (functional.batch_norm, torch.batch_norm)
+    return node.op == "call_function" and node.target in functions
 
 
 def asks_for_shape(node: fx.Node) -> bool:

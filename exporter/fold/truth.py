@@ -44,10 +44,12 @@ class Truth:
         def run(x: torch.Tensor) -> Truth | None:
             truth = cls({})
             graph = Graph(traced, torch.float64)
+            given = iter([x])
             for node in traced.graph.nodes:
-                truth.values[node.name] = (
-                    x if node.op == "placeholder" else truth.value(graph, node)
-                )
+                if node.op == "placeholder":  # what follows the first has its default
+                    truth.values[node.name] = next(given, *node.args)
+                else:
+                    truth.values[node.name] = truth.value(graph, node)
             output = next(node for node in traced.graph.nodes if node.op == "output")
             again = traced(x.clone())
             return truth if distance(again, truth.values[output.name]) <= AGREES else None

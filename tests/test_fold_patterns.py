@@ -622,7 +622,7 @@ class RandomNet(nn.Module):
 KNOWN = (
     "is also read by",
     "is read twice by",
-    "is called 2 times",
+    "is called",
     "the network's input is in front of it",
     "stands between",
     "comes first",
@@ -633,6 +633,7 @@ KNOWN = (
     "does not keep channels whole",
     "is read by nothing",
     "leads to no layer alone",
+    "an example input would tell",
 )
 KINDS = (
     *("plain", "plain", "residual", "sum", "cat", "chunk", "shuffle", "preactivation"),

@@ -251,7 +251,7 @@ def _into_concatenation(graph: Graph, node: fx.Node, affine: Affine) -> Plan:
     sizes = [graph.channels(part) for part in parts]
     for part, size in zip(parts, sizes, strict=True):
         if size is None:
-            raise Stays(f"how many channels {graph.label(part)} gives is not known")
+            raise Stays(f"how many channels {graph.label(part)} gives, an example input would tell")
     known = [size for size in sizes if size is not None]
     if sum(known) != len(affine.scale):
         raise Stays(f"{graph.label(node)} joins {sum(known)} channels, not {len(affine.scale)}")

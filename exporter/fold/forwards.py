@@ -139,7 +139,7 @@ def _leaving_shift(
     walk = _Walk(graph, batchnorm)
     plan = _behind(walk, batchnorm, _Carried(Affine(factor, torch.zeros_like(factor)), spatial))
     if spatial is None:
-        raise Stays("how many axes it reads is not known, which an example input would tell")
+        raise Stays("how many axes it reads, an example input would tell")
     multiplier, shift = affine.scale / factor, affine.shift / factor
     graph.check_range(batchnorm, multiplier, shift)
     scaled, shifted = bool((multiplier != 1).any()), bool(shift.any())
@@ -276,7 +276,7 @@ def _through_concatenation(walk: _Walk, node: fx.Node, source: fx.Node, carried:
     for part in graph.joined(node):
         size = graph.channels(part)
         if size is None:
-            raise Stays(f"how many channels {graph.label(part)} gives is not known")
+            raise Stays(f"how many channels {graph.label(part)} gives, an example input would tell")
         own = part is source
         if own and size != len(carried.affine.scale):
             raise Stays(f"{graph.label(node)} joins features, not channels")
@@ -298,7 +298,7 @@ def _through_clamp(walk: _Walk, node: fx.Node, clamp: Clamp, carried: _Carried) 
     low, high = clamp.low / scale, clamp.high / scale
     graph.check_range(node, low, high)
     if carried.spatial is None:
-        raise Stays("how many axes it reads is not known, which an example input would tell")
+        raise Stays("how many axes it reads, an example input would tell")
     along = (-1, *[1] * carried.spatial)
     plan = _on(walk, node, carried)
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from exporter.fold.affine import (
     BATCHNORMS,
     Affine,
+    ChannelClamp,
     ChannelScale,
     ChannelShift,
     misfit,
@@ -41,6 +42,7 @@ from exporter.fold.kinds import (
     asks_for_shape,
     is_batch_norm,
     is_rearrangement,
+    name_of,
 )
 from exporter.fold.shapes import rearranged, shape_of
 
@@ -191,8 +193,9 @@ class Graph:
         """Return whether a node changes what it reads."""
         if node.op == "call_module":
             return bool(getattr(self.module(node), "inplace", False))
-        name = str(getattr(node.target, "__name__", node.target))
-        flagged = True in node.args[1:] or node.kwargs.get("inplace") or "out" in node.kwargs
+        name = name_of(node)
+        flagged = any(argument is True for argument in node.args[1:])
+        flagged = flagged or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return bool(name.endswith("_") or name in IN_PLACE or flagged)
 
     def why_shared(self, node: fx.Node) -> str | None:
@@ -280,7 +283,8 @@ class Graph:
             parts = [self.channels(part) for part in node.all_input_nodes]
             return None if None in parts else sum(part for part in parts if part)
         keeps = (RELU, LEAKY, PRELU, MAXPOOL, IDENTITY, AVGPOOL, ADAPTIVE, RESIZE, SUM)
-        kept = isinstance(module, ChannelShift | ChannelScale | nn.Hardtanh | nn.Hardsigmoid)
+        left = ChannelClamp | ChannelScale | ChannelShift
+        kept = isinstance(module, left | nn.Hardtanh | nn.Hardsigmoid)
         if kept or any(self.is_a(node, kinds) for kinds in keeps):
             return self.channels(node.all_input_nodes[0])
         return None

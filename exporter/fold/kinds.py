@@ -59,7 +59,7 @@ IN_PLACE = frozenset({  # of Python's operators
 REARRANGEMENTS = frozenset({  # their results hold values of what they read, and nothing else
     "channel_shuffle", "chunk", "clone", "contiguous", "detach", "flatten", "flip",
     "getitem", "moveaxis", "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle",
-    "reshape", "select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims",
+    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims",
     "tensor_split", "transpose", "unflatten", "unsqueeze", "view",
 })
 # fmt: on
@@ -67,9 +67,8 @@ REARRANGING = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the bare name of the function or method that a node calls."""
-    name = str(getattr(node.target, "__name__", node.target))
-    return name.removesuffix(".default")
+    """Return the bare name of the function or method that a node calls, without its overload."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def is_rearrangement(node: fx.Node) -> bool:

@@ -216,11 +216,19 @@ def test_a_mean_over_pictures_is_a_pool(axes, keepdim):
 
 
 def test_a_mean_over_channels_is_none():
-    class Averaged(InFront):
-        def forward(self, x):
-            return self.bn(self.conv(x).mean((1, 3), keepdim=True).expand(-1, 8, -1, 8))
+    """Of 8 channels of 8 rows, which take the channels' place."""
 
-    check(Averaged(None), PICTURE, folded=False, example=PICTURE)
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 8, 2), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.bn(self.conv(x).mean(1))
+
+    for options in ({}, {"example": PICTURE}):
+        (said,) = check(Averaged(), PICTURE, folded=False, **options)
+        assert "mean is a mean over more than a channel's values" in said
 
 
 def test_an_unbatched_picture_is_not_taken_for_a_batch():

@@ -146,6 +146,18 @@ def test_a_network_that_takes_one_batch_size_alone_is_run_as_it_wants():
     assert "Conv → view → BatchNorm" in fate.pattern
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_example_that_is_run_as_it_is_is_left_as_it_was_too(dtype):
+    class Fixed(InPlace):
+        def forward(self, x):
+            return self.bn(self.conv(self.relu(x)).view(1, 4, 7, 7))
+
+    example = PICTURE[:1].to(dtype)
+    before = example.clone()
+    assert not fold_batchnorm(disturb(Fixed()).eval().to(dtype), example).kept
+    assert torch.equal(example, before)
+
+
 class Complex(nn.Module):
     def __init__(self):
         super().__init__()

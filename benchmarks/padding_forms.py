@@ -1,7 +1,8 @@
 """How fast are the exact forms of a BatchNorm in front of a zero-padded convolution, end to end?
 
-Each form is one dense block, whose concatenations keep a runtime from fusing the BatchNorm into
-the convolution in front of it, written differently. All are timed in turn, on one thread, in
+Each form is one block, dense (many channels in, few out) or residual (as many out as in), written
+differently; what joins its layers keeps a runtime from fusing the BatchNorm into the convolution in
+front of it. All are timed in turn, on one thread, in
 PyTorch and in ONNX Runtime; what is shown is each run over the unfolded run of its turn: the
 median, and the quartiles.
 Run: ``python benchmarks/padding_forms.py``.
@@ -39,17 +40,19 @@ class Border(nn.Module):
         return x + self.added
 
 
-class DenseBlock(nn.Module):
-    def __init__(self, form: str, activation: type[nn.Module]) -> None:
+class Block(nn.Module):
+    def __init__(self, form: str, activation: type[nn.Module], growth: int) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.growth = growth
         self.layers = nn.ModuleList(
-            self._layer(form, activation, CHANNELS + i * GROWTH) for i in range(LAYERS)
+            self._layer(form, activation, CHANNELS + i * growth, growth or CHANNELS)
+            for i in range(LAYERS)
         )
 
     @staticmethod
-    def _layer(form: str, activation: type[nn.Module], channels: int) -> nn.Module:
-        convolution = nn.Conv2d(channels, GROWTH, 3, padding=1)
+    def _layer(form: str, activation: type[nn.Module], channels: int, outputs: int) -> nn.Module:
+        convolution = nn.Conv2d(channels, outputs, 3, padding=1)
         shift = torch.randn(channels, 1, 1)
         in_front = {
             "BatchNorm": [nn.BatchNorm2d(channels)],
@@ -61,7 +64,7 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = torch.cat([x, layer(x)], dim=1)
+            x = torch.cat([x, layer(x)], dim=1) if self.growth else x + layer(x)
         return x.mean(dim=(2, 3))
 
 
@@ -80,12 +83,18 @@ FORMS = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    given, found = TensorSpec("input", SHAPE), TensorSpec("output", (CHANNELS + LAYERS * GROWTH,))
+    for block, growth in (("dense", GROWTH), ("residual", 0)):
+        compare(block, growth)
+    print("\n" + ", ".join(f"{key} {value}" for key, value in capture().items()))
+
+
+def compare(block: str, growth: int) -> None:
+    given, found = TensorSpec("input", SHAPE), TensorSpec("output", (CHANNELS + LAYERS * growth,))
     runtime = exporter.load_runtime("ort-cpu", {"threads": 1})
     sessions: dict[str, object] = {}
     with TemporaryDirectory() as folder, ExitStack() as stack:
         for i, (name, (form, activation)) in enumerate(FORMS.items()):
-            module = DenseBlock(form, activation).eval()
+            module = Block(form, activation, growth).eval()
             onnx_model = exporter.export_onnx(
                 module,
                 Path(folder, f"{i}.onnx"),
@@ -96,10 +105,10 @@ def main() -> None:
             sessions[f"ONNX Runtime | {name}"] = stack.enter_context(runtime.open(onnx_model.path))
             sessions[f"PyTorch | {name}"] = exporter.TorchSession.of(module, found.name)
         feed = {given.name: torch.randn(1, *SHAPE).numpy()}
-        timing = exporter.Timing(batches=(1,), warmup=10, runs=RUNS, settle_ms=0)
+        timing = exporter.Timing(batches=(1,), warmup=10, runs=RUNS, settle_ms=0, pytorch_threads=1)
         latencies = exporter.measure_latency(sessions, {1: feed}, timing)
     for where in ("ONNX Runtime", "PyTorch"):
-        print(f"\n{where}, batch 1, {RUNS} runs in turn: median (quartiles) of the ratio")
+        print(f"\n{block} block, {where}, batch 1, {RUNS} runs in turn: median ratio (quartiles)")
         first: tuple[float, ...] = ()
         for latency in (found for found in latencies if found.name.startswith(where)):
             name = latency.name.split(" | ")[1]
@@ -108,7 +117,6 @@ def main() -> None:
             ratios = sorted(one / other for one, other in pairs)
             low, middle, high = (ratios[len(ratios) * k // 4] for k in (1, 2, 3))
             print(f"{latency.p50_ms:8.2f} ms  {middle:5.3f} × ({low:.3f} to {high:.3f})  {name}")
-    print("\n" + ", ".join(f"{key} {value}" for key, value in capture().items()))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ stands between, the shift is left as one addition in the BatchNorm's place, and 
     clamp to [l, h]            clamp(|a|·z, l, h)        = |a|·clamp(z, l/|a|, h/|a|)
 
 That loses no digits, since x + c/|a| rounds as a·x + c does. (For zero padding alone there is also
-a constant map behind the layer; it is as fast and ties the network to one size of picture, see
-benchmarks/padding_forms.py.)
+a constant map behind the layer; it is no faster overall and ties the network to one size of
+picture, see benchmarks/padding_forms.py.)
 
 Everything is computed in float64 and rounded once, to the type the network had. With an example,
 the network's values are compared after every fold, and one that moves them is undone.

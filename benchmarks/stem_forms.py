@@ -16,7 +16,7 @@ from torch import nn
 
 import exporter
 from exporter.environment import capture
-from exporter.fold import ChannelShift, ChannelSign
+from exporter.fold import ChannelScale, ChannelShift
 
 BATCH = 1
 RUNS = 100
@@ -40,7 +40,7 @@ def forms() -> dict[str, list[nn.Module]]:
     generator = torch.Generator().manual_seed(0)
     c = torch.randn(64, 1, 1, generator=generator)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
-    sign = ChannelSign(torch.sign(c))
+    sign = ChannelScale(torch.sign(c))
     return {
         "ReLU → BatchNorm → pool (not folded)": [nn.ReLU(), nn.BatchNorm2d(64).eval(), pool],
         "clamp → pool": [Clamp(c), pool],

@@ -204,15 +204,22 @@ class OnnxModel(NamedTuple):
 
 
 class Fate(Found, frozen=True):
-    """What became of one BatchNorm."""
+    """What became of one BatchNorm.
+
+    ``error`` is how far folding it moved the network's values in float64, as relative L2; None if
+    that was not measured.
+    """
 
     name: str
     pattern: str
     folded: bool
     detail: str
+    error: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.pattern}: {'' if self.folded else 'kept: '}{self.detail}"
+        measured = "" if self.error is None else f" (error {self.error:.1e})"
+        kept = "" if self.folded else "kept: "
+        return f"{self.name}: {self.pattern}: {kept}{self.detail}{measured}"
 
 
 # ── What was measured ───────────────────────────────────────────────────────────────
@@ -689,6 +696,10 @@ class FoldRecord(Found, frozen=True):
     @property
     def folded(self) -> int:
         return sum(fate.folded for fate in self.fates)
+
+    @property
+    def unmeasured(self) -> int:
+        return sum(fate.folded and fate.error is None for fate in self.fates)
 
 
 class Source(Found, frozen=True):

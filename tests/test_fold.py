@@ -235,6 +235,15 @@ class CalledTwice(nn.Module):
         return self.bn(self.second(self.bn(self.first(x))))
 
 
+class ConvCalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        return self.bn(self.conv(self.conv(x)))
+
+
 class SharedWeights(nn.Module):
     def __init__(self):
         super().__init__()
@@ -256,16 +265,15 @@ class ReluReadTwice(nn.Module):
 
 
 class AsFunction(nn.Module):
-    """Its γ is computed, and not held."""
-
-    def __init__(self):
+    def __init__(self, training=False):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.how = training
 
     def forward(self, x):
         bn = self.bn
         return functional.batch_norm(
-            self.conv(x), bn.running_mean, bn.running_var, bn.weight.abs(), bn.bias
+            self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, training=self.how
         )
 
 
@@ -299,14 +307,17 @@ def hooked() -> nn.Module:
     [
         (hooked(), "0 has hooks, which may change what it computes"),
         (WeightsReadAlone(), "conv's weights are also read by themselves"),
-        (ScaleReadAlone(), "bn's weights are also read by themselves"),
         (nn.Sequential(nn.BatchNorm2d(1), nn.Sigmoid()), "the network's input is in front of it"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.BatchNorm2d(2)), "Sigmoid stands"),
         (TwoReaders(), "conv is also read by add"),
         (ReluReadTwice(), "relu is also read by add"),
-        (CalledTwice(), "bn is called 2 times"),
+        (ConvCalledTwice(), "conv is called 2 times; "),
+        (
+            ConvCalledTwice(),
+            "; copy_weights=True would fold it: scale and shift into a copy of conv",
+        ),
         (SharedWeights(), "conv shares its weights with another module"),
-        (AsFunction(), "a function call, not a BatchNorm module"),
+        (AsFunction(training=True), "a function call that is not plainly a BatchNorm's"),
         (
             nn.Sequential(nn.ReLU(), nn.SyncBatchNorm(1)),  # of which shape is not known
             "a SyncBatchNorm, whose arithmetic is its own",
@@ -322,6 +333,44 @@ def test_a_batchnorm_that_stays_says_why_and_the_answer_stays_too(module, reason
     x = torch.randn(2, 1, 8, 8)
     with torch.inference_mode():
         assert torch.equal(folded.module(x), module(x))
+
+
+@pytest.mark.parametrize("module", [CalledTwice(), ScaleReadAlone()])
+def test_a_batchnorm_that_others_use_goes_since_it_is_not_changed(module):
+    module = disturb(module).eval()
+    folded = fold_batchnorm(module)
+    assert all(fate.folded for fate in folded.fates)
+    assert folding_error(module, torch.randn(2, 1, 8, 8)) < EXACT
+
+
+class NormAndAct(nn.BatchNorm2d):
+    """A BatchNorm that brings its activation, and calls the function by itself."""
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        x = functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.1, self.eps)
+        return functional.leaky_relu(x, -0.5)
+
+
+@pytest.mark.parametrize("module", [AsFunction(), nn.Sequential(nn.Conv2d(1, 2, 3), NormAndAct(2))])
+def test_a_function_call_is_a_batchnorm_too(module):
+    module = disturb(module).eval()
+    (fate,) = fold_batchnorm(module).fates
+    assert fate.folded
+    assert fate.name in ("bn_norm", "1_norm")
+    assert folding_error(module, torch.randn(2, 1, 8, 8)) < EXACT
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_what_its_kind_is():
+    module = disturb(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))).eval()
+    module[0].forward = lambda x: functional.conv2d(x, module[0].weight).abs()
+    (fate,) = fold_batchnorm(module).fates
+    assert "0 has a forward() of its own" in fate.detail
+
+
+def test_each_call_of_a_batchnorm_has_a_fate_of_its_own():
+    fates = fold_batchnorm(disturb(CalledTwice()).eval()).fates
+    assert [fate.name for fate in fates] == ["bn (call 1 of 2)", "bn (call 2 of 2)"]
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -77,9 +78,7 @@ def scale_outputs(layer: Any, affine: Affine) -> None:
         factor = rows.view(inputs, per_group, *[1] * (weight.ndim - 2))
     else:
         factor = scale.view(-1, *[1] * (weight.ndim - 1))
-    bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach()
-    layer.weight = nn.Parameter(weight * factor, requires_grad=False)
-    layer.bias = nn.Parameter(bias * scale + affine.shift, requires_grad=False)
+    _set(layer, weight * factor, scale, affine.shift)
 
 
 def scale_inputs(layer: Any, affine: Affine) -> None:
@@ -90,6 +89,10 @@ def scale_inputs(layer: Any, affine: Affine) -> None:
         scale, shift = (part.repeat_interleave(repeated) for part in affine)
         added = weight @ shift
         factor = scale.view(1, -1)
+    elif isinstance(layer, TRANSPOSED):  # (in, out / groups, …); what it adds depends on the place
+        assert not affine.shift.any()
+        added = torch.zeros(layer.out_channels, dtype=weight.dtype)
+        factor = affine.scale.view(-1, *[1] * (weight.ndim - 1))
     else:  # (out, in / groups, …): the outputs of group g read the g-th part of a and c
         per_group = weight.shape[1]
         rows = weight.shape[0] // layer.groups
@@ -99,16 +102,57 @@ def scale_inputs(layer: Any, affine: Affine) -> None:
         )
         added = (weight.flatten(2).sum(dim=2) * shift).sum(dim=1)
         factor = scale.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
-    bias = torch.zeros_like(added) if layer.bias is None else layer.bias.detach()
-    layer.weight = nn.Parameter(weight * factor, requires_grad=False)
-    layer.bias = nn.Parameter(bias + added, requires_grad=False)
+    _set(layer, weight * factor, torch.ones_like(added), added)
+
+
+def _set(layer: Any, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Give a layer new weights, and a bias of scale·b + shift where that is not nothing."""
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None or shift.any():
+        bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach()
+        layer.bias = nn.Parameter(bias * scale + shift, requires_grad=False)
+
+
+def misfit(layer: Any, take: Any, affine: Affine, dtype: torch.dtype) -> str | None:
+    """Return why the layer's type could not hold what ``take`` would make of it, or None.
+
+    An output whose largest weight, or bias, is below the smallest normal number has lost digits,
+    which a network that goes on to normalise it would show.
+    """
+    made = copy.copy(layer)
+    made._parameters = dict(layer._parameters)  # noqa: SLF001 - a copy that shares the old weights
+    take(made, affine)
+    weight = made.weight.detach().abs()
+    if isinstance(layer, TRANSPOSED):
+        grouped = weight.view(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        largest = grouped.flatten(2).amax(dim=2).flatten()
+    else:
+        largest = weight.flatten(1).amax(dim=1)
+    if made.bias is not None:
+        largest = torch.maximum(largest, made.bias.detach().abs())
+    limits = torch.finfo(dtype)
+    if not bool((largest <= limits.max).all()):
+        return f"its weights would overflow {_type(dtype)}"
+    if bool(((largest < limits.tiny) & (largest > 0)).any()):
+        return f"its weights would underflow {_type(dtype)}"
+    return None
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def overflow(values: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Return why a type cannot hold values, or None."""
+    fits = bool((values.abs() <= torch.finfo(dtype).max).all())
+    return None if fits else f"{float(values.abs().max()):.2g} would overflow {_type(dtype)}"
 
 
 # ── What is left of a map in a graph ────────────────────────────────────────────────
 
 
 class ChannelShift(nn.Module):
-    """Add one constant per channel: what is left of a BatchNorm behind a ReLU."""
+    """Add one constant per channel."""
 
     shift: torch.Tensor
 
@@ -120,17 +164,20 @@ class ChannelShift(nn.Module):
         return x + self.shift
 
 
-class ChannelSign(nn.Module):
-    """Multiply each channel by 1 or −1, which rounds nothing."""
+class ChannelScale(nn.Module):
+    """Multiply each channel by 1 or −1, which rounds nothing, or by 0 where γ = 0.
 
-    sign: torch.Tensor
+    (By its own scale where that is so far from 1 that only then all stays in range.)
+    """
 
-    def __init__(self, sign: torch.Tensor) -> None:
+    scale: torch.Tensor
+
+    def __init__(self, scale: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("sign", sign)
+        self.register_buffer("scale", scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.sign
+        return x * self.scale
 
 
 class ChannelClamp(nn.Module):

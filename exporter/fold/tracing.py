@@ -25,9 +25,9 @@ from torch import fx, nn
 
 from exporter.errors import GraphError
 from exporter.fold.exported import by_export, exported
-from exporter.fold.graph import note_shapes
 from exporter.fold.lifting import BATCHNORM, has_hooks, lift
 from exporter.fold.same import check_same, first_line, run
+from exporter.fold.shapes import note_shapes
 from exporter.fold.unfit import copy_of, is_exported, refuse_unfit, unwrapped
 from exporter.records import Fate
 

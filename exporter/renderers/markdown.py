@@ -170,11 +170,12 @@ def _not_run(report: Report) -> list[str]:
 def _fold(report: Report) -> list[str]:
     fold = report.fold
     error = "not finite" if fold.float64_rel_l2 is None else f"{fold.float64_rel_l2:.1e}"
+    alone = f" {fold.unmeasured} folds were not measured one by one." if fold.unmeasured else ""
     return [
         "## BatchNorm",
         "",
         f"{fold.folded} of {len(fold.fates)} folded. Folded against unfolded, both in float64: "
-        f"relative L2 {error}.",
+        f"relative L2 {error}.{alone}",
         "",
         *(f"- {_escape(str(fate))}" for fate in fold.fates),
     ]

@@ -634,6 +634,7 @@ KNOWN = (
     "is read by nothing",
     "leads to no layer alone",
     "an example input would tell",
+    "never called",
 )
 KINDS = (
     *("plain", "plain", "residual", "sum", "cat", "chunk", "shuffle", "preactivation"),

@@ -244,16 +244,21 @@ _WAYS: tuple[_Way, ...] = (_backwards, _forwards)
 _COPYING_WAYS: tuple[_Way, ...] = (_copying(_backwards), _copying(_forwards), _copying(_forking))
 
 
+_CASTS: dict[torch.dtype, Callable[[fx.GraphModule], fx.GraphModule]] = {
+    torch.float64: fx.GraphModule.double,  # `to` would take complex tensors too, and half of each
+    torch.float32: fx.GraphModule.float,
+    torch.float16: fx.GraphModule.half,
+    torch.bfloat16: fx.GraphModule.bfloat16,
+}
+
+
 def _finished(graph: Graph) -> fx.GraphModule:
     """Return the network as a module of the type it had."""
     traced = graph.traced
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
-    for tensor in (*traced.parameters(), *traced.buffers()):
-        if tensor.is_floating_point():  # `to` would take complex ones too, and half of each
-            tensor.data = tensor.data.to(graph.dtype)
-    return traced.eval()
+    return _CASTS[graph.dtype](traced).eval()
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype:

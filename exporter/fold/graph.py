@@ -171,14 +171,12 @@ class Graph:
                 raise Stays(f"{changed} is changed in place by {self.label(node)}")
 
     def check_hooks(self, node: fx.Node) -> None:
-        """Raise `Stays` if the module that a node calls is not only what its kind is."""
+        """Raise `Stays` if the module that a node calls has hooks."""
         module = self.module(node)
         if module is not None and (
             module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no public view
         ):
             raise Stays(f"{self.label(node)} has hooks, which may change what it computes")
-        if module is not None and "forward" in vars(module):
-            raise Stays(f"{self.label(node)} has a forward() of its own")
 
     def check_pool(self, node: fx.Node, spatial: int | None) -> None:
         """Raise `Stays` if a pool takes another number of axes than lie behind the channels.

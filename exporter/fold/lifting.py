@@ -190,7 +190,7 @@ class _Lifter:
         """Let a kind of BatchNorm whose forward() is nn.BatchNorm2d's own be one."""
         name = str(node.target)
         found: Any = self.traced.get_submodule(name)
-        base = _own_forward(found)
+        base = own_forward(found)
         if base is None or has_hooks(found):
             return
         kind = base if base in BATCHNORMS else RANKS.get(rank(node.all_input_nodes[0]))
@@ -244,7 +244,7 @@ def _caller(node: fx.Node) -> str | None:
     return name if plain and kind.startswith("torch.nn.modules.") else None
 
 
-def _own_forward(module: Any) -> type[nn.Module] | None:
+def own_forward(module: Any) -> type[nn.Module] | None:
     """Return which of torch's BatchNorms a module of another class computes exactly, if any."""
     kinds = (*BATCHNORMS, nn.SyncBatchNorm, BATCHNORM)
     if type(module) in BATCHNORMS or not isinstance(module, kinds):

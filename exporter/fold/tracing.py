@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from exporter.errors import GraphError
 from exporter.fold.exported import by_export, exported
-from exporter.fold.lifting import BATCHNORM, has_hooks, lift
+from exporter.fold.lifting import BATCHNORM, has_hooks, lift, own_forward
 from exporter.fold.same import check_same, first_line, run
 from exporter.fold.shapes import note_shapes
 from exporter.fold.unfit import copy_of, is_exported, refuse_unfit, unwrapped
@@ -107,8 +107,10 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, BATCHNORM) or module_qualified_name in self.whole:
+        if module_qualified_name in self.whole:
             return True
+        if isinstance(m, BATCHNORM):
+            return not _can_be_gone_into(m)
         return super().is_leaf_module(m, module_qualified_name) and not _holds_batchnorm(m)
 
     def call_module(
@@ -125,6 +127,17 @@ class _Tracer(fx.Tracer):
             if super().is_leaf_module(m, name) and not hasattr(error, "inside"):
                 error.inside = name  # type: ignore[attr-defined]  # for `_around` to take it whole
             raise
+
+
+def _can_be_gone_into(module: nn.Module) -> bool:
+    """Return whether a BatchNorm has arithmetic of its own, say with an activation, in the open."""
+    if type(module).__module__.startswith("torch.nn") or own_forward(module) is not None:
+        return False
+    try:
+        _Tracer(set()).trace(module)
+    except Exception:  # of its forward(), which may raise anything
+        return False
+    return True
 
 
 def _holds_batchnorm(module: nn.Module) -> bool:

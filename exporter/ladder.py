@@ -10,10 +10,11 @@ asked for (`exporter.fidelity`), end to end and layer by layer.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -23,7 +24,7 @@ from exporter.difference import describe_difference
 from exporter.emulation import Arithmetic, Emulator, emulate
 from exporter.emulation.rounding import LAYERS
 from exporter.errors import GraphError
-from exporter.fidelity import compare_layers, distance, expose, judge_outputs
+from exporter.fidelity import LIMIT, compare_layers, distance, expose, judge_outputs, layer_name
 from exporter.job import Job
 from exporter.parity import compare_outputs
 from exporter.records import Array, Artefact, Fidelity, LayerError, Parity, Rung
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 TOP, PYTORCH, FOLDED = "PyTorch float64", "PyTorch float32", "folded"
 _HELD_OUT, _NOISE = 8, 4  # samples that fidelity is judged on: it is a figure of many values each
 _LAYERED = 8  # samples whose every tensor is compared
+_EXPORTED = 1e-4  # of a layer's output, which float32 weights move by 1e-7 a layer before it
 _AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
 
 
@@ -53,6 +55,7 @@ class Truth:
     parities: tuple[Parity, Parity]
     single: Array
     folded: tuple[Array, Array]
+    folded_module: nn.Module
 
     @classmethod
     def compute(cls, job: Job, folded: nn.Module) -> Truth:
@@ -69,7 +72,7 @@ class Truth:
             ),
             compare_outputs(noise, got[1], inputs=job.noise_name),
         )
-        return cls(held_out, noise, single, parities, got[0], short)
+        return cls(held_out, noise, single, parities, got[0], short, folded)
 
     def few(self, held_out: Array, noise: Array) -> Array:
         """Return the outputs on the samples that fidelity is judged on."""
@@ -178,7 +181,7 @@ class Ladder:
         layers, unseen = self._layers(artefact, runtime, path, asked)
         fidelity = self._fidelity(asked, self.truth.few(held_out, noise), layers, unseen)
         if fidelity.failures:
-            fidelity = msgspec.structs.replace(fidelity, cause=_cause(fidelity, path, asked))
+            fidelity = msgspec.structs.replace(fidelity, cause=self._cause(fidelity, path, asked))
         above = self._above(artefact, is_engine=path.suffix != ".onnx")
         self.outputs[artefact.name] = held_out
         return msgspec.structs.replace(
@@ -244,6 +247,52 @@ class Ladder:
                 found = {**feed, **session(feed)}
                 return tuple(compare_layers(asked.emulator, found)), None
 
+    def _cause(self, fidelity: Fidelity, path: Path, asked: Asked) -> str | None:
+        """Return what is known of a failure's cause, in words."""
+        import onnx
+
+        if path.suffix != ".onnx":
+            return None
+        if fidelity.first is not None:
+            return describe_difference(asked.model, onnx.load(path), fidelity.first.tensor)
+        if not fidelity.layers:
+            return None
+        if asked is self.source and self._is_off(asked):
+            return self._export_cause(asked)
+        return (
+            "with every tensor read out each layer is right, so it is what the runtime makes of "
+            "the graph as a whole"
+        )
+
+    def _is_off(self, asked: Asked) -> bool:
+        """Return whether the FP32 graph itself, in exact arithmetic, is not the network."""
+        assert asked.exact is not None  # it has an emulator
+        assert asked.noisy is not None
+        top = self.truth.few(self.truth.held_out, self.truth.noise)
+        off, floor = distance(asked.exact, top), distance(asked.noisy, asked.exact)
+        return off is None or floor is None or off > LIMIT * floor
+
+    def _export_cause(self, asked: Asked) -> str:
+        """Name the first layer that torch.onnx wrote as something else, or the fold."""
+        assert asked.emulator is not None
+        feed = self.job.feed(2)
+        inputs = [torch.from_numpy(value).double() for value in feed.values()]
+        modules = _layer_outputs(self.truth.folded_module, inputs)
+        written = {
+            step.writes[0]: layer_name(asked.emulator, step)
+            for step in asked.emulator.steps
+            if step.op in LAYERS
+        }
+        with torch.inference_mode():
+            named = dict(zip(feed, inputs, strict=True))
+            values = asked.emulator.run(named, watch=list(written))
+        for tensor, layer in written.items():
+            want = modules.get(layer)
+            off = None if want is None else distance(values[tensor].numpy(), want)
+            if off is not None and off > _EXPORTED:
+                return f"torch.onnx wrote {layer!r} as something else than the folded network has"
+        return "the folded network, or how torch.onnx wrote what is no layer, is not the network"
+
     def _above(self, artefact: Artefact, *, is_engine: bool) -> str:
         """Return the rung an artefact came from: its graph in ONNX, the FP32 one, or PyTorch."""
         same = [name for name in self.outputs if name.startswith(f"{artefact.precision} on ")]
@@ -266,21 +315,20 @@ class Ladder:
         )
 
 
-def _cause(fidelity: Fidelity, path: Path, asked: Asked) -> str | None:
-    """Return what is known of a failure's cause, in words."""
-    import onnx
+def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Array]:
+    """Return what each layer of a network gives, in float64, by its name."""
+    double = deepcopy(module).double()
+    found: dict[str, Array] = {}
+    for name, layer in double.named_modules():
 
-    if path.suffix != ".onnx":
-        return None
-    found = onnx.load(path)
-    if fidelity.first is not None:
-        return describe_difference(asked.model, found, fidelity.first.tensor)
-    if fidelity.layers:
-        return (
-            "with every tensor read out each layer is right, so it is what the runtime makes of "
-            "the graph as a whole"
-        )
-    return None
+        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, torch.Tensor):
+                found.setdefault(name, output.numpy())
+
+        layer.register_forward_hook(keep)
+    with torch.inference_mode():
+        double(*inputs)
+    return found
 
 
 def _flips(one: Array, other: Array) -> int | None:

@@ -112,7 +112,9 @@ class Case:
                 (_emulated(emulator, 5 * self.truth.inputs, "exact"), self.wild),
             ]
             if self.emulator.rounds_to_half:
-                pairs.append((_emulated(emulator, self.truth.inputs, "rounded"), self.truth.reference))
+                pairs.append(
+                    (_emulated(emulator, self.truth.inputs, "rounded"), self.truth.reference)
+                )
         except (ExportError, RuntimeError, ValueError, IndexError, KeyError):
             return False  # what has no meaning is not the same
         return all(

@@ -48,9 +48,7 @@ class Inverted(nn.Module):
         wide = 3 * inputs
         self.expand = nn.Conv2d(inputs, wide, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(wide)
-        self.depthwise = nn.Conv2d(
-            wide, wide, 3, stride=stride, padding=1, groups=wide, bias=False
-        )
+        self.depthwise = nn.Conv2d(wide, wide, 3, stride=stride, padding=1, groups=wide, bias=False)
         self.bn2 = nn.BatchNorm2d(wide)
         self.project = nn.Conv2d(wide, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)

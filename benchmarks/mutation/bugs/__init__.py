@@ -1,9 +1,9 @@
 """The catalogue of conversion bugs: what goes wrong between PyTorch and a file, made on purpose.
 
-    batchnorm    ε, statistics, γ, β, and the fold
-    weights      lost, permuted, rounded, in another layout
-    wiring       activations, padding, pools, branches, inputs
-    precision    halves and integers
+batchnorm    ε, statistics, γ, β, and the fold
+weights      lost, permuted, rounded, in another layout
+wiring       activations, padding, pools, branches, inputs
+precision    halves and integers
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bugs of BatchNorms and of their fold: made by folding a network that was changed first.
 
-    BN(x) = a·x + c            a = γ / √(σ² + ε),  c = β − a·μ
+BN(x) = a·x + c            a = γ / √(σ² + ε),  c = β − a·μ
 """
 
 from __future__ import annotations
@@ -183,7 +183,11 @@ def relu_and_batchnorm_change_places(site: Site) -> None:
         places = []
         for parent in module.modules():
             names = [name for name, _ in parent.named_children()]
-            for one, other in (*zip(names, names[1:], strict=False), ("bn1", "act1"), ("bn2", "act2")):
+            for one, other in (
+                *zip(names, names[1:], strict=False),
+                ("bn1", "act1"),
+                ("bn2", "act2"),
+            ):
                 pair = getattr(parent, one, None), getattr(parent, other, None)
                 kinds = {type(part) for part in pair}
                 if nn.BatchNorm2d in kinds and kinds & {nn.ReLU, nn.ReLU6}:

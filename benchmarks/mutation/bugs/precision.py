@@ -21,9 +21,7 @@ INT8 = ("int8", "int8 around fp16")
 def half_weights_that_were_bfloat16(site: Site) -> None:
     """A layer's weights went through bfloat16 on their way to half, and lost three bits there."""
     _, name = site.pick(list(floats(site)))
-    site.edit(
-        name, lambda w: torch.from_numpy(w.astype(np.float32)).bfloat16().float().numpy()
-    )
+    site.edit(name, lambda w: torch.from_numpy(w.astype(np.float32)).bfloat16().float().numpy())
 
 
 @bug("fp16")
@@ -240,7 +238,9 @@ def one_scale_for_all_channels(site: Site) -> None:
     largest = scale.max()
 
     def change(steps: Array) -> Array:
-        return np.rint(steps * (scale.astype(np.float64) / largest).reshape(-1, *[1] * (steps.ndim - 1)))
+        return np.rint(
+            steps * (scale.astype(np.float64) / largest).reshape(-1, *[1] * (steps.ndim - 1))
+        )
 
     _requantised_at(site, node, change)
     site.put(node.input[1], np.full_like(scale, largest))
@@ -335,9 +335,7 @@ def _reads_signed(site: Site, node: onnx.NodeProto) -> bool:
     return "Pool" in writer.op_type and _reads_signed(site, writer)
 
 
-def _requantised_at(
-    site: Site, node: onnx.NodeProto, change: Callable[[Array], Array]
-) -> None:
+def _requantised_at(site: Site, node: onnx.NodeProto, change: Callable[[Array], Array]) -> None:
     """Change the integers of one layer's weights, in their steps."""
     site.edit(node.input[0], lambda weights: change(weights.astype(np.float64)))
 

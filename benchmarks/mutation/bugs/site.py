@@ -106,7 +106,9 @@ class Site:
     def writer(self, name: str) -> onnx.NodeProto | None:
         return next((node for node in self.graph.node if name in node.output), None)
 
-    def insert(self, op: str, before: onnx.NodeProto, index: int, *more: str, **attributes: Any) -> None:
+    def insert(
+        self, op: str, before: onnx.NodeProto, index: int, *more: str, **attributes: Any
+    ) -> None:
         """Put a new node between one node and what it reads."""
         tensor = before.input[index]
         count = len(self.graph.node)
@@ -125,7 +127,9 @@ class Site:
             reader.input[:] = [kept if name == gone else name for name in reader.input]
         self.graph.node.remove(node)
 
-    def replace(self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **attributes: Any) -> None:
+    def replace(
+        self, node: onnx.NodeProto, op: str, inputs: Sequence[str], **attributes: Any
+    ) -> None:
         """Let another operator write what a node wrote."""
         made = onnx.helper.make_node(op, list(inputs), list(node.output), node.name, **attributes)
         node.CopyFrom(made)
@@ -185,6 +189,7 @@ def norms(module: nn.Module) -> list[Any]:
 
 
 UPSTREAM = ("fp32", "fp16", "int8")
+
 
 @dataclass(frozen=True, slots=True)
 class Bug:

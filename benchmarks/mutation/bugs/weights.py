@@ -113,9 +113,7 @@ def kernel_transposed(site: Site) -> None:
 def weights_in_another_layout(site: Site) -> None:
     """A buffer in the order (in, height, width, out) is read as (out, in, height, width)."""
     node = _convolution(site, lambda weights: weights[0].size > 1 and len(weights) > 1)
-    site.edit(
-        node.input[1], lambda weights: weights.transpose(1, 2, 3, 0).reshape(weights.shape)
-    )
+    site.edit(node.input[1], lambda weights: weights.transpose(1, 2, 3, 0).reshape(weights.shape))
 
 
 @upstream()

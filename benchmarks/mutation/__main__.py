@@ -1,4 +1,4 @@
-"""Print how many seeded bugs the gate catches and how many honest runs it fails: `make mutation`."""
+"""Print how many seeded bugs the gate catches, and how many honest runs it fails."""
 
 from __future__ import annotations
 

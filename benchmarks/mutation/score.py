@@ -20,7 +20,7 @@ class Outcome:
 
     ``by_outputs`` and ``by_layers`` say whether either comparison alone would have caught it,
     ``named`` whether the first layer beyond the limit is one that the bug is in: None where there
-    is none to name. ``detail`` is the verdict in words.
+    is none to name; the bug is in ``layers`` of them. ``detail`` is the verdict in words.
     """
 
     bug: str
@@ -31,6 +31,7 @@ class Outcome:
     by_layers: bool = False
     nonfinite: bool = False
     named: bool | None = None
+    layers: int = 0
     detail: str = ""
 
 
@@ -54,6 +55,7 @@ def try_bug(case: Case, bug: Bug, *, seed: int = 0) -> Outcome:
         by_layers=first is not None,
         nonfinite=bool(got.nonfinite),
         named=first in touched if touched else None,
+        layers=len(touched),
         detail="; ".join(got.failures) or f"{got.multiple:.3g} times its noise; worst: {got.worst}",
     )
 
@@ -63,11 +65,10 @@ def score(outcomes: Sequence[Outcome]) -> str:
     names = dict.fromkeys(outcome.bug for outcome in outcomes)
     width = max(map(len, names), default=0)
     head = f"{'bug':<{width}}  seeded  caught  outputs  layers  named  same  no place"
-    rows = [head, "─" * len(head)]
-    for name in names:
-        rows.append(f"{name:<{width}}  {_row([o for o in outcomes if o.bug == name])}")
-    rows += ["─" * len(head), f"{'all':<{width}}  {_row(outcomes)}", "", *_shares(outcomes)]
-    return "\n".join(rows)
+    line = "─" * len(head)
+    rows = [f"{name:<{width}}  {_row([o for o in outcomes if o.bug == name])}" for name in names]
+    total = f"{'all':<{width}}  {_row(outcomes)}"
+    return "\n".join([head, line, *rows, line, total, "", *_shares(outcomes)])
 
 
 def seeded(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -85,8 +86,8 @@ def _row(of: Sequence[Outcome]) -> str:
     figures = (
         (6, len(bugs)),
         (6, len(caught(bugs))),
-        (7, sum(o.by_outputs or o.fate == "refused" for o in bugs)),
-        (6, sum(o.by_layers or o.fate == "refused" for o in bugs)),
+        (7, _alone(bugs, "by_outputs")),
+        (6, _alone(bugs, "by_layers")),
         (5, sum(o.named is True for o in bugs)),
         (4, sum(o.fate == "the same" for o in of)),
         (8, sum(o.fate == "no place" for o in of)),
@@ -94,26 +95,27 @@ def _row(of: Sequence[Outcome]) -> str:
     return "  ".join(f"{figure:>{wide}}" for wide, figure in figures)
 
 
+def _alone(bugs: Sequence[Outcome], comparison: str) -> int:
+    """Return how many one comparison alone would catch; what is refused needs neither."""
+    return sum(getattr(o, comparison) or o.fate == "refused" for o in bugs)
+
+
 def _shares(outcomes: Sequence[Outcome]) -> Iterator[str]:
     bugs = seeded(outcomes)
     named = [o for o in bugs if o.named is not None]
-    refused = sum(o.fate == "refused" for o in bugs)
+    single = [o for o in named if o.layers == 1]
+    refused, infinite = sum(o.fate == "refused" for o in bugs), sum(o.nonfinite for o in bugs)
     yield _share("caught", len(caught(bugs)), len(bugs))
-    yield f"  of them {refused} refused when loaded or run, {sum(o.nonfinite for o in bugs)} not finite"
-    yield _share(
-        "by the outputs alone", sum(o.by_outputs or o.fate == "refused" for o in bugs), len(bugs)
-    )
-    yield _share(
-        "by the layers alone", sum(o.by_layers or o.fate == "refused" for o in bugs), len(bugs)
-    )
-    yield _share(
-        "first layer named is one with the bug", sum(bool(o.named) for o in named), len(named)
-    )
-    yield from (
-        f"missed: {o.bug}, {o.net}, {o.precision}: {o.detail}" for o in bugs if o.fate == "missed"
-    )
-    wrong = (o for o in named if not o.named)
-    yield from (f"named wrongly: {o.bug}, {o.net}, {o.precision}: {o.detail}" for o in wrong)
+    yield f"  of them {refused} were refused when loaded or run, and {infinite} not finite"
+    yield _share("by the outputs alone", _alone(bugs, "by_outputs"), len(bugs))
+    yield _share("by the layers alone", _alone(bugs, "by_layers"), len(bugs))
+    yield _share("first layer named has the bug", sum(bool(o.named) for o in named), len(named))
+    yield _share("  where one layer has it", sum(bool(o.named) for o in single), len(single))
+    for said, of in (
+        ("missed", [o for o in bugs if o.fate == "missed"]),
+        ("named wrongly", [o for o in named if not o.named]),
+    ):
+        yield from (f"{said}: {o.bug}, {o.net}, {o.precision}: {o.detail}" for o in of)
 
 
 def _share(what: str, part: int, whole: int) -> str:

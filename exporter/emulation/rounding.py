@@ -21,7 +21,7 @@ arithmetic than was asked for, and is told apart by its layers.) Added to it are
     (sₓ·s_w)²/12       a bias that is held as a whole number of steps, as integer kernels do
 
 Below a type's smallest normal number t its steps stay as wide as at t, so y there stands for
-max(|y|, t): of no account in float32, but half's t is 6.1e-5, and gates and probabilities get there.
+max(|y|, t): of no account in float32, but half's t is 6.1e-5, and gates get there.
 
 Moves, maxima and comparisons round nothing. A BatchNorm adds up terms that may cancel, x·k, μ·k and
 β, and is given the rounding of each. Functions such as exp or tanh are given four roundings

@@ -4,7 +4,7 @@ MODEL   ?= resnet18
 BIN     := .venv/bin
 COMMA   := ,
 
-.PHONY: help export test check weights bench clean
+.PHONY: help export test check weights bench mutation clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -26,6 +26,9 @@ weights: .venv/ready-default    ## train the built-in network again, from its fi
 
 bench: .venv/ready-default    ## measure the forms a BatchNorm behind a ReLU can take
 	$(BIN)/python benchmarks/stem_forms.py
+
+mutation: .venv/ready-default    ## seed conversion bugs, and count those that the fidelity gate catches
+	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m mutation
 
 clean:    ## remove what the targets above made
 	rm -rf .venv build

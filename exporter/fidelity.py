@@ -28,7 +28,7 @@ from torch import Tensor
 
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.operators import LIMITS
-from exporter.emulation.rounding import BOUNDED, FLOAT, ROUNDOFF
+from exporter.emulation.rounding import BFLOAT16, BOUNDED, FLOAT, ROUNDOFF, held
 from exporter.records import Array, Fidelity, LayerError
 
 if TYPE_CHECKING:
@@ -39,14 +39,18 @@ _SMALLEST = 2.0**-149  # float32's smallest number: no error is taken for smalle
 
 
 def expose(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a graph that gives every tensor it computes, beside its outputs."""
+    """Return a copy of a graph that gives every tensor it computes, beside its outputs.
+
+    But for those in bfloat16, which numpy has not, so that a runtime could not hand them over.
+    """
     import onnx
 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     known = {value.name for value in model.graph.output}
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    types = {value.name: value for value in inferred.value_info}
+    infos = inferred.value_info
+    types = {v.name: v for v in infos if v.type.tensor_type.elem_type != BFLOAT16}
     for node in model.graph.node:
         for name in node.output:
             if name in types and name not in known:
@@ -205,7 +209,8 @@ def _spread(
     """Return the standard deviation of what the node may be off by."""
     own = asked.variance(step, inputs, want)
     if own is None:  # it rounds nothing; but what it reads may have been kept wider, and be rounded
-        own = (ROUNDOFF.get(step.dtype, ROUNDOFF[FLOAT]) * want) ** 2
+        dtype = step.dtype if step.dtype in ROUNDOFF else FLOAT
+        own = (ROUNDOFF[dtype] * held(want, dtype)) ** 2
     wider = asked.input_variance(step, inputs)  # and so much again where weights are rounded too
     more = [wider]
     if quantising:

@@ -2,13 +2,16 @@
 
 The graphs asked for themselves are run, in all precisions, by ONNX Runtime at both extremes of its
 optimisations, with several thread counts and batch sizes; and the folded network by PyTorch in
-float32, with its two memory layouts, with and without oneDNN. All are judged end to end and layer
-by layer, each run on samples of its own.
+float32, with its two memory layouts, with oneDNN, without, and by NNPACK. All are judged end to
+end and layer by layer, each run on samples of its own; but NNPACK, whose convolutions are
+Winograd's for batches of 16 and more, end to end alone, as the ladder judges PyTorch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -63,13 +66,13 @@ def torch_runs(
     layouts = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
     before = torch.get_num_threads()
     try:
-        ways = product(layouts, (False, True), threads)
-        for number, (layout, onednn, count) in enumerate(ways):
+        ways = product(layouts, ("oneDNN", "plain loops", "NNPACK"), threads)
+        for number, (layout, library, count) in enumerate(ways):
             torch.set_num_threads(count)
-            run = _torch_session(case, module, layouts[layout], onednn=onednn)
-            name = f"PyTorch, {layout}, {'with' if onednn else 'without'} oneDNN, {count} threads"
+            run = _torch_session(case, module, layouts[layout], library)
             for size in batches:
-                by, seed = f"{name}, batch {size}", 3000 + 97 * number + size
+                by = f"PyTorch, {layout}, {library}, {count} threads, batch {size}"
+                seed = 3000 + 97 * number + size
                 truth = draws[(number + size) % len(draws)]
                 yield _run(case, truth, run, run, size=size, seed=seed, by=by)
     finally:
@@ -86,16 +89,18 @@ def _run(
     batches = feeds(truth.inputs, "input", size=size)
     candidate = collect_outputs(whole, batches, OUTPUT.name, samples=JUDGED)
     feed = {"input": pictures(size, seed=10_000 + seed)}
-    fidelity = verdict(case, truth, candidate, {**feed, **every(feed)})
+    found = every(feed)
+    by_layer = {**feed, **found} if len(found) > 1 else {}
+    fidelity = verdict(case, truth, candidate, by_layer)
     return Run(case.net.name, case.precision, by, fidelity)
 
 
 def _torch_session(
-    case: Case, module: nn.Module, layout: torch.memory_format, *, onednn: bool
+    case: Case, module: nn.Module, layout: torch.memory_format, library: str
 ) -> Callable[[Feed], Outputs]:
     """Return PyTorch as a session that also gives what each weighted layer does, by its tensor."""
     placed = module.to(memory_format=layout)
-    layers = dict(placed.named_modules())
+    layers = {} if library == "NNPACK" else dict(placed.named_modules())
     watched = {
         step.writes[0]: layers[step.name]
         for step in case.emulator.steps
@@ -109,7 +114,7 @@ def _torch_session(
             return lambda _, __, output: found.__setitem__(name, output.numpy())
 
         hooks = [layer.register_forward_hook(keep(name)) for name, layer in watched.items()]
-        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
+        with torch.inference_mode(), _only(library):
             x = torch.from_numpy(feed["input"]).to(memory_format=layout)
             found[OUTPUT.name] = placed(x).numpy()
         for hook in hooks:
@@ -117,3 +122,15 @@ def _torch_session(
         return found
 
     return run
+
+
+@contextmanager
+def _only(library: str) -> Iterator[None]:
+    """Let PyTorch convolve with one of its libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # reading oneDNN's flags warns of GPUs that are not there
+        with (
+            torch.backends.mkldnn.flags(enabled=library == "oneDNN"),
+            torch.backends.nnpack.flags(enabled=library == "NNPACK"),
+        ):
+            yield

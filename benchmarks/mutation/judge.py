@@ -1,4 +1,4 @@
-"""One artefact before the gate, compared end to end and layer by layer as `exporter.ladder` does it.
+"""One artefact before the gate, end to end and layer by layer, as `exporter.ladder` judges it.
 
 A `Case` is a network in one precision: the graph asked for, emulated. A mutant counts as caught if
 `Fidelity.verdict` is "fail", or if it cannot be loaded and run at all. It is no mutant if it still

@@ -27,7 +27,7 @@ def residual() -> nn.Module:
 
 
 def vgg() -> nn.Module:
-    """Return convolutions in pairs between max-pools, and a linear head on the flattened picture."""
+    """Return convolutions in pairs between max-pools, and a head on the flattened picture."""
 
     def pair(inputs: int, outputs: int) -> list[nn.Module]:
         return [

@@ -17,7 +17,9 @@ K is Σ n² over the values but 0. (Products are taken to differ, and so are the
 window of an AveragePool.)
 
 Every other order (blocks, pairs, vectors, fused multiply-adds) loses less. Sums are taken to be
-kept in float32, as every runtime here keeps them, also between halves. Added to it are
+kept in float32, as every runtime here keeps them, also between halves. (Winograd's convolutions add
+up other products than these, and lose more: ten times as much for tiles of 6×6. That is looser
+arithmetic than was asked for, and is told apart by its layers.) Added to it are
 
     (u·y)²/3           storing the result in its declared type
     u²/3 · Σ pᵢ²       weights that are themselves rounded, as those of a fold are
@@ -106,7 +108,7 @@ def variance(
     """
     if op in EXACT or not output.is_floating_point() or dtype not in ROUNDOFF:
         return None
-    stored = (ROUNDOFF[dtype] * _held(output, dtype)) ** 2 / 3 + _TINY**2
+    stored = (ROUNDOFF[dtype] * held(output, dtype)) ** 2 / 3 + _TINY**2
     if op in FUNCTIONS:
         return (4 * ROUNDOFF[dtype]) ** 2 * output.abs().clamp(min=1.0) ** 2 / 3
     if op in ("Sum", "Mean") and len(inputs) > 2:
@@ -137,8 +139,8 @@ def input_variance(
     """
     if dtype not in HALVES or not inputs or inputs[0] is None:
         return None
-    held = [part if part is None else _held(part, dtype) for part in inputs]
-    x, *others = held
+    steps = [part if part is None else held(part, dtype) for part in inputs]
+    x, *others = steps
     assert x is not None
     if op in LAYERS | SUMS:
         squares = _terms(op, attributes, [x, *inputs[1:]])[1]
@@ -147,21 +149,23 @@ def input_variance(
     elif op in ("Add", "Sub", "Sum"):
         squares = sum((term**2 for term in others if term is not None), x**2)
     elif op in ("Mul", "Div"):
-        squares = _of_products(op, held, inputs)
+        squares = _of_products(op, steps, inputs)
     else:
         return None
     return ROUNDOFF[dtype] ** 2 / 3 * squares
 
 
-def _held(value: Tensor, dtype: int) -> Tensor:
+def held(value: Tensor, dtype: int) -> Tensor:
     """Return the magnitudes that say how wide a type's steps are: no less than its normal ones."""
     return value.abs().clamp(min=_NORMAL[dtype])
 
 
-def _of_products(op: str, held: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
-    """Return (δx·y)² + (x·δy)², or that of x / y, for δx = x and δy = y as they are ``held``."""
+def _of_products(
+    op: str, steps: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> Tensor:
+    """Return (δx·y)² + (x·δy)², or that of x / y, with δx and δy as ``steps``."""
     x, y = inputs[:2]
-    dx, dy = held[:2]
+    dx, dy = steps[:2]
     assert x is not None
     assert y is not None
     assert dx is not None

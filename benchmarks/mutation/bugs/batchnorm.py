@@ -6,6 +6,7 @@ BN(x) = a·x + c            a = γ / √(σ² + ε),  c = β − a·μ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def running_statistics_swapped(site: Site) -> None:
 
 @upstream()
 def momentum_read_the_other_way(site: Site) -> None:
-    """Momentum m weighs the old statistics in one framework, the new ones in another: one update."""
+    """Momentum weighs the old statistics in one framework, the new ones in another: one update."""
 
     def change(module: nn.Module) -> None:
         for norm in norms(module):
@@ -145,7 +146,7 @@ def statistics_of_another_batchnorm(site: Site) -> None:
 def _fed(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Yield each convolution and the BatchNorm right behind it, as they stand in the network."""
     layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.ReLU)]
-    for one, other in zip(layers, layers[1:], strict=False):
+    for one, other in pairwise(layers):
         if isinstance(one, nn.Conv2d) and isinstance(other, nn.BatchNorm2d):
             yield one, other
 
@@ -184,7 +185,7 @@ def relu_and_batchnorm_change_places(site: Site) -> None:
         for parent in module.modules():
             names = [name for name, _ in parent.named_children()]
             for one, other in (
-                *zip(names, names[1:], strict=False),
+                *pairwise(names),
                 ("bn1", "act1"),
                 ("bn2", "act2"),
             ):

@@ -28,7 +28,7 @@ T = TypeVar("T")
 NORMS = nn.BatchNorm2d
 
 
-class DoesNotApply(Exception):  # noqa: N818 - named for what is so, as errors here are
+class DoesNotApply(Exception):
     """A network has no place for a bug."""
 
 

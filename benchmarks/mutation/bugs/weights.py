@@ -65,7 +65,7 @@ def two_biases_swapped(site: Site) -> None:
 
 @upstream()
 def two_output_channels_swapped(site: Site) -> None:
-    """Two channels of a layer have changed places, weights and biases, and its readers do not know."""
+    """Two channels of a layer have changed places, and who reads them does not know."""
     node = _convolution(site, lambda weights: len(weights) > 1)
     order = _two(site, len(site.value(node.input[1])))
     for name in node.input[1:]:

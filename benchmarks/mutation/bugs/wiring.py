@@ -170,7 +170,7 @@ def max_pool_for_average_pool(site: Site) -> None:
 
 @upstream()
 def max_pool_pads_with_zeros(site: Site) -> None:
-    """A max-pool's padding is 0 where it is −∞: the same behind a ReLU, and not behind a BatchNorm."""
+    """A max-pool's padding is 0 where it should be −∞: the same only behind a ReLU."""
     node = site.node("MaxPool", where=lambda n: any(attribute(n, "pads", [0])))
     pads = list(attribute(node, "pads"))
     half = len(pads) // 2

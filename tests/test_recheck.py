@@ -523,7 +523,7 @@ def test_the_record_as_json_is_the_report(command, copied):
 @pytest.mark.parametrize(
     ("spoil", "code", "said"),
     [
-        (lambda f: (f / "manifest.json").unlink(), 3, "has no readable manifest.json\nHint: name the folder"),
+        (lambda f: (f / "manifest.json").unlink(), 3, "no readable manifest.json\nHint: name "),
         (newer, 3, "bundle/report.json: a report of schema 99, where 2 can be read"),
         (lambda f: (f / "profile.toml").write_text("about = "), 2, "profile.toml: not valid TOML"),
     ],

@@ -243,6 +243,28 @@ def test_a_node_too_many_shows_where_its_result_goes():
     assert first(network(), network(extra, factor=np.float32(1))) is None
 
 
+def test_one_value_off_is_found_where_nothing_adds_up():
+    """Among the many of its channel it would be lost in the mean."""
+    found = run(network())
+    found["r"] = found["r"].copy()
+    largest = np.unravel_index(found["r"][:, 3].argmax(), found["r"][:, 3].shape)
+    found["r"][:, 3][largest] *= np.float32(1 + 5e-7)
+    wrong = first_deviation(errors(network(), found))
+    assert (wrong.tensor, wrong.detail) == ("r", "channel 3 of 5")
+    assert LIMIT < wrong.multiple < 12
+
+
+def test_a_channel_of_weights_is_counted_along_their_first_axis():
+    asked, file = quantised(), quantised()
+    for tensor in file.graph.initializer:
+        if tensor.name == "w1_scale":
+            value = onnx.numpy_helper.to_array(tensor).copy()
+            value[4] *= np.float32(1.01)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, "w1_scale"))
+    wrong = first(asked, file)
+    assert (wrong.tensor, wrong.detail) == ("w1_dq", "channel 4 of 5")
+
+
 def test_a_tensor_of_another_shape_is_named_and_is_the_last_that_is_compared():
     strided = node("Conv", ["x", "w1", "b1"], ["c"], "one.conv", pads=[1] * 4, strides=[2, 2])
     found = errors(network(), run(network(layers(conv=strided))))

@@ -261,9 +261,9 @@ def _finished(graph: Graph) -> fx.GraphModule:
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
-    for tensor in (*traced.parameters(), *traced.buffers()):
-        if tensor.is_floating_point():  # `to` would take complex ones too, and half of each
-            tensor.data = tensor.data.to(graph.dtype)
+    casts = {torch.float16: traced.half, torch.float32: traced.float, torch.float64: traced.double}
+    casts[torch.bfloat16] = traced.bfloat16
+    casts[graph.dtype]()  # and not `to`, which takes complex tensors too, and half of each
     return traced.eval()
 
 

@@ -1,0 +1,60 @@
+"""The nouns: what flows between stages. Frozen, serialisable, and without behaviour.
+
+Numbers that were measured are fields; numbers that follow from them are properties, and
+``renderers/record.py`` writes those too, for readers that only have the JSON.
+"""
+
+from __future__ import annotations
+
+from exporter.records.asked import (
+    BatchRange,
+    Calibration,
+    ParityInputs,
+    TensorSpec,
+    Timing,
+    Tolerance,
+    check_threads,
+)
+from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
+from exporter.records.cost import Cost, Latency, LayerCost
+from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
+from exporter.records.made import Fate, File, OnnxModel
+from exporter.records.quality import Parity
+from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+
+__all__ = [
+    "SCHEMA",
+    "Array",
+    "Artefact",
+    "Asked",
+    "BatchRange",
+    "Calibration",
+    "Cost",
+    "Fate",
+    "Feed",
+    "Fidelity",
+    "File",
+    "Flip",
+    "FoldRecord",
+    "Found",
+    "Latency",
+    "LayerCost",
+    "LayerError",
+    "OnnxModel",
+    "Outputs",
+    "Parity",
+    "ParityInputs",
+    "Report",
+    "Rung",
+    "Source",
+    "Stage",
+    "TensorSpec",
+    "Timing",
+    "Tolerance",
+    "Variant",
+    "Verdict",
+    "WorstCase",
+    "check_threads",
+    "rank",
+    "worst",
+]

@@ -1,0 +1,175 @@
+"""The report: every precision, what each runtime made of it, and what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.errors import ParityError
+from exporter.records.asked import TensorSpec
+from exporter.records.base import Found, Verdict, worst
+from exporter.records.cost import Cost, Latency
+from exporter.records.fidelity import LayerError, Rung, WorstCase
+from exporter.records.made import Fate, File
+from exporter.records.quality import Parity
+
+
+class Artefact(Found, frozen=True):
+    """What one runtime runs for one precision: the ONNX file itself, or an engine made from it.
+
+    ``not_run`` says why it could not be executed here, ``refused`` why it could not be made.
+    """
+
+    precision: str
+    runtime: str
+    file: File | None
+    targets: tuple[str, ...] = ()
+    build_seconds: float | None = None
+    not_run: str | None = None
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
+    parity: tuple[Parity, ...] = ()
+    rung: Rung | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision} on {self.runtime}"
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        if self.refused:
+            return (self.refused,)
+        unfaithful = self.rung.fidelity.failures if self.rung and self.rung.fidelity else ()
+        missed = (failure for parity in self.parity for failure in parity.failures)
+        return (*unfaithful, *missed)
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        return tuple(phrase for parity in self.parity for phrase in parity.unproven)
+
+    @property
+    def fidelity(self) -> Verdict:
+        """Return whether it computes the graph that was asked for."""
+        if self.refused:
+            return "fail"
+        found = self.rung.fidelity if self.rung else None
+        return found.verdict if found else "not checked"
+
+    @property
+    def quality(self) -> Verdict:
+        """Return whether that graph is good enough, which is what the profile's gates say."""
+        return "fail" if self.refused else worst(parity.verdict for parity in self.parity)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return both in one word: a pass is a pass of both."""
+        said = (self.fidelity, self.quality)
+        return "not checked" if set(said) == {"pass", "not checked"} else worst(said)
+
+
+class Variant(Found, frozen=True):
+    """One precision: its graph, what that graph costs, and what each runtime made of it.
+
+    ``losses`` has each layer's own loss by the conversion, from inputs in FP32, in multiples of
+    what the precision must lose there (above 4 it loses more, say because values are clipped).
+    ``refused`` says why the graph could not be stored in this precision.
+    """
+
+    precision: str
+    file: File | None = None
+    cost: Cost | None = None
+    notes: tuple[str, ...] = ()
+    artefacts: tuple[Artefact, ...] = ()
+    losses: tuple[LayerError, ...] = ()
+    refused: str | None = None
+
+
+class FoldRecord(Found, frozen=True):
+    """Every BatchNorm's fate, and how far the folded network is from the one it came from.
+
+    ``float64_rel_l2`` compares the two in float64: what is left is rounding alone.
+    """
+
+    fates: tuple[Fate, ...]
+    float64_rel_l2: float | None
+
+    @property
+    def folded(self) -> int:
+        return sum(fate.folded for fate in self.fates)
+
+    @property
+    def unmeasured(self) -> int:
+        return sum(fate.folded and fate.error is None for fate in self.fates)
+
+
+class Source(Found, frozen=True):
+    """What was exported: a network, its weights, and the shape it was asked to take."""
+
+    model: str
+    weights_sha256: str
+    weights: str
+    parameters: int
+    input: TensorSpec
+    output: TensorSpec
+    opset: int
+
+
+class Stage(Found, frozen=True):
+    """How long one step of the run took."""
+
+    name: str
+    seconds: float
+
+
+class Report(Found, frozen=True):
+    """The record of one run. Markdown and the terminal's table are views of it.
+
+    ``doubts`` are reasons not to trust figures that are in it, one sentence each.
+    """
+
+    schema: int
+    tool: str
+    source: Source
+    profile: dict[str, Any]
+    environment: dict[str, str]
+    calibration: str | None
+    fold: FoldRecord
+    pytorch: tuple[Parity, ...]
+    rungs: tuple[Rung, ...]
+    variants: tuple[Variant, ...]
+    latency: tuple[Latency, ...]
+    doubts: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    worst_cases: tuple[WorstCase, ...] = ()
+
+    @property
+    def ladder(self) -> tuple[Rung, ...]:
+        """Return every rung, from PyTorch in float32 down."""
+        return (*self.rungs, *(a.rung for a in self.artefacts if a.rung))
+
+    @property
+    def artefacts(self) -> tuple[Artefact, ...]:
+        return tuple(artefact for v in self.variants for artefact in v.artefacts)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        unmade = tuple(f"{v.precision}: {v.refused}" for v in self.variants if v.refused)
+        unmade += tuple(
+            f"{r.name}: {why}" for r in self.rungs if r.fidelity for why in r.fidelity.failures
+        )
+        return unmade + tuple(f"{a.name}: {why}" for a in self.artefacts for why in a.failures)
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        return tuple(f"{a.name}: {phrase}" for a in self.artefacts for phrase in a.unproven)
+
+    @property
+    def verdict(self) -> Verdict:
+        return "fail" if self.failures else worst(artefact.verdict for artefact in self.artefacts)
+
+    def raise_for_parity(self) -> None:
+        """Raise `ParityError` if a gate was missed, or could not be shown to be met.
+
+        It names artefact, figure and limit, or what there is too little evidence of.
+        """
+        if said := (*self.failures, *self.unproven):
+            raise ParityError("; ".join(said))

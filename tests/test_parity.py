@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 
 from exporter.errors import GraphError, ParityError
 from exporter.parity import check_same_interface, collect_outputs, compare_outputs
-from exporter.records import Artefact, Parity, TensorSpec, Tolerance
+from exporter.records import Artefact, Fidelity, Parity, Rung, TensorSpec, Tolerance
 
 RNG = np.random.default_rng(0)
 WANT = RNG.standard_normal((7, 5)) * 3
@@ -513,8 +513,30 @@ def test_samples_without_labels_are_judged_by_agreement_and_have_no_accuracy():
         ((gated(agreement=0.999), gated()), "not enough evidence"),
     ],
 )
-def test_an_artefact_passes_only_if_something_was_checked_and_all_was_shown(parities, verdict):
-    assert Artefact("fp32", "ort-cpu", None, parity=parities).verdict == verdict
+def test_quality_passes_only_if_something_was_checked_and_all_was_shown(parities, verdict):
+    assert Artefact("fp32", "ort-cpu", None, parity=parities).quality == verdict
+
+
+def faithful(multiple: float | None) -> Rung:
+    fidelity = Fidelity("PyTorch", 12, multiple, None if multiple is None else 1.0, limit=4.0)
+    return Rung("fp32 on ort-cpu", "folded", 360, 0.0, 0.0, 0, 0, fidelity)
+
+
+@pytest.mark.parametrize(
+    ("parity", "multiple", "verdict"),
+    [
+        (gated(max_abs=1.0), 0.5, "pass"),
+        (gated(max_abs=1.0), 4.1, "fail"),
+        (gated(max_abs=0.5), 0.5, "fail"),
+        (gated(agreement=0.999), 0.5, "not enough evidence"),
+        (gated(agreement=0.999), 4.1, "fail"),
+        (gated(max_abs=1.0), None, "not checked"),
+        (gated(), 0.5, "not checked"),
+    ],
+)
+def test_an_artefact_passes_only_if_it_is_both_faithful_and_good_enough(parity, multiple, verdict):
+    artefact = Artefact("fp32", "ort-cpu", None, parity=(parity,), rung=faithful(multiple))
+    assert artefact.verdict == verdict
 
 
 def test_an_artefact_that_could_not_be_made_fails_with_the_reason():

@@ -54,6 +54,8 @@ def bundle(tiny_model, weights) -> Path:
             "timing.runs": 2,
             "timing.warmup": 0,
             "timing.settle_ms": 0.0,
+            "timing.pytorch_threads": 1,
+            "runtime.ort-cpu.threads": 1,
             "parity.random": 8,
             "runtime.tensorrt-rtx.targets": ["sm86"],
             **{

@@ -4,7 +4,8 @@ The graphs asked for themselves are run, in all precisions, by ONNX Runtime at b
 optimisations, with several thread counts and batch sizes; and the folded network by PyTorch in
 float32, with its two memory layouts, with oneDNN, without, and by NNPACK. All are judged end to
 end and layer by layer, each run on samples of its own; but NNPACK, whose convolutions are
-Winograd's for batches of 16 and more, end to end alone, as the ladder judges PyTorch.
+Winograd's for batches of 16 and more, end to end alone, as the ladder judges PyTorch: its layers
+are off by up to ten times what sums lose (`exporter.emulation.rounding`).
 """
 
 from __future__ import annotations

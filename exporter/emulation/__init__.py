@@ -33,6 +33,7 @@ from exporter.emulation.rounding import (
     input_variance,
     round_to,
     variance,
+    winograd_variance,
 )
 from exporter.errors import GraphError
 
@@ -135,7 +136,7 @@ class Emulator:
                 if arithmetic == "rounded":
                     value = round_to(value, step.dtype)
                 elif arithmetic == "noisy":
-                    own = self.variance(step, inputs, value)
+                    own = self.noise_variance(step, inputs, value)
                     value = value if own is None else value + own.sqrt() * _noise(value, generator)
                 values[name] = value
                 if name in kept:
@@ -172,6 +173,16 @@ class Emulator:
         if step.op in LAYERS and all(name in self.scales for name in step.reads[:2]):
             bias_step = self.scales[step.reads[0]] * self.scales[step.reads[1]]
         return variance(step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step)
+
+    def noise_variance(
+        self, step: Step, inputs: Sequence[Tensor | None], output: Tensor
+    ) -> Tensor | None:
+        """Return the variance of a node's own rounding, however it may be computed."""
+        own = self.variance(step, inputs, output)
+        if own is None or any(name in self.scales for name in step.reads):
+            return own
+        other = winograd_variance(step.op, step.attributes, inputs, step.dtype)
+        return own if other is None else torch.maximum(own, other)
 
     def quantisation_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
         """Return what a layer's output varies by from its input's and weights' quantisation.

@@ -17,9 +17,7 @@ K is Σ n² over the values but 0. (Products are taken to differ, and so are the
 window of an AveragePool.)
 
 Every other order (blocks, pairs, vectors, fused multiply-adds) loses less. Sums are taken to be
-kept in float32, as every runtime here keeps them, also between halves. (Winograd's convolutions add
-up other products than these, and lose more: ten times as much for tiles of 6×6. That is looser
-arithmetic than was asked for, and is told apart by its layers.) Added to it are
+kept in float32, as every runtime here keeps them, also between halves. Added to it are
 
     (u·y)²/3           storing the result in its declared type
     u²/3 · Σ pᵢ²       weights that are themselves rounded, as those of a fold are
@@ -27,6 +25,16 @@ arithmetic than was asked for, and is told apart by its layers.) Added to it are
 
 Below a type's smallest normal number t its steps stay as wide as at t, so y there stands for
 max(|y|, t): of no account in float32, but half's t is 6.1e-5, which gates and probabilities reach.
+
+One way to convolve adds up other products. Winograd's, for 3×3 kernels at stride 1, takes tiles of
+m×m outputs through Y = Aᵀ[Σ_c (G·w·Gᵀ) ⊙ (Bᵀ·x·B)]·A, and multiplies every error along one axis by
+
+    α = mean over outputs j of Σᵢ Aᵢⱼ² · Σₖ Bᵢₖ² · Σᵣ Gᵢᵣ²  / 3,   20.6 for m = 6
+
+so that by both axes it loses u²/3 · (C/6 + 4) · α² · Σ pᵢ²: its sums over C, and four roundings, of
+both transforms, of their product and of Y. That is up to ten times what sums lose, and is measured.
+A network's outputs may be computed so, and their noise is, the larger of both; but a layer's own
+error, which is compared where every tensor is read out, is held to what sums lose.
 
 Moves, maxima and comparisons round nothing. A Sum or Mean of more than two tensors may round every
 partial sum, of Σ |pᵢ| at most. A BatchNorm adds up terms that may cancel, x·k, μ·k and
@@ -51,6 +59,7 @@ ROUNDOFF = {FLOAT: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, DOUBLE: 2.0**
 HALVES = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 _SINGLE = ROUNDOFF[FLOAT]
 _TINY = 2.0**-126  # float32's smallest normal number, which a runtime may flush to zero
+_WINOGRAD = 20.6  # α for tiles of 6×6 from the points 0, ±1, ±2, ±1/2 and ∞
 _NORMAL = {FLOAT: _TINY, FLOAT16: 2.0**-14, DOUBLE: 2.0**-1022, BFLOAT16: _TINY}
 
 # fmt: off
@@ -128,6 +137,25 @@ def variance(
     if bias_step is not None:
         summed = summed + bias_step.reshape(along) ** 2 / 12
     return stored + summed
+
+
+def winograd_variance(
+    op: str, attributes: Mapping[str, Any], inputs: Sequence[Tensor | None], dtype: int
+) -> Tensor | None:
+    """Return the variance of a convolution's result by Winograd's way, or None if it has no such.
+
+    It is for tiles of 6×6 outputs, the largest in use.
+    """
+    x, w = inputs[:2] if op == "Conv" else (None, None)
+    if x is None or w is None or dtype != FLOAT or w.shape[2:] != (3, 3):
+        return None
+    plain = {"strides": 1, "dilations": 1}
+    if attributes.get("group", 1) != 1 or any(
+        set(attributes.get(key, [one])) != {one} for key, one in plain.items()
+    ):
+        return None
+    squares = _layer_terms(op, attributes, x, w)[1]
+    return _SINGLE**2 / 3 * (w.shape[1] / 6 + 4) * _WINOGRAD**2 * squares
 
 
 def input_variance(

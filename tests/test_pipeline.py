@@ -156,7 +156,7 @@ def test_calibration_uses_the_given_samples(tiny_model, quick_profile, tmp_path)
     inputs = 0.5 * digits((1, 32, 32), "train").inputs[:8]
     profile = quick_profile.only(("int8",))
     report = exporter.run(tiny_model, profile, tmp_path / "out", calibration=inputs)
-    digest = hashlib.sha256(images.tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256(inputs.tobytes()).hexdigest()[:12]
     assert report.calibration == f"8 samples of the given array, SHA-256 {digest}…"
     graph = onnx.load(tmp_path / "out/tinymodel.int8.onnx").graph
     scale = next(t for t in graph.initializer if t.name == "input_scale")

@@ -21,14 +21,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 ENOUGH = 0.99
 
 
-def outcomes(nets: Sequence[str], *, every: int) -> Iterator[Outcome]:
-    """Yield what becomes of the catalogue, or of every n-th bug of it, in each network."""
+def outcomes(nets: Sequence[str], *, seeds: Sequence[int], every: int) -> Iterator[Outcome]:
+    """Yield what becomes of the catalogue, or of every n-th bug of it, in each network.
+
+    A seed chooses the networks' weights, and the places of the bugs.
+    """
     chosen = list(CATALOGUE.values())[::every]
-    for name in nets:
-        for case in cases(Net.of(name)):
-            for bug in chosen:
-                if case.precision in bug.precisions:
-                    yield try_bug(case, bug)
+    for seed in seeds:
+        for name in nets:
+            for case in cases(Net.of(name, seed=seed)):
+                for bug in chosen:
+                    if case.precision in bug.precisions:
+                        yield try_bug(case, bug, seed=seed)
 
 
 def honest(nets: Sequence[str], *, seeds: Sequence[int], quick: bool) -> Iterator[Run]:
@@ -50,14 +54,15 @@ def main() -> None:
     torch.set_num_threads(1)
     nets = list(FAMILIES)[::4] if asked.quick else list(FAMILIES)
     start = time.perf_counter()
-    bugs = list(outcomes(nets, every=5 if asked.quick else 1))
-    runs = list(honest(nets, seeds=(0,) if asked.quick else (0, 1), quick=asked.quick))
+    seeds = (0,) if asked.quick else (0, 1)
+    bugs = list(outcomes(nets, seeds=seeds, every=5 if asked.quick else 1))
+    runs = list(honest(nets, seeds=seeds, quick=asked.quick))
     took = time.perf_counter() - start
     count = len({outcome.bug for outcome in bugs})
     today = datetime.now(UTC).date().isoformat()
     said = [
         f"benchmarks/mutation, {today}",
-        f"{count} bugs, {len(nets)} networks ({', '.join(nets)}), {took:.0f} s",
+        f"{count} bugs, {len(nets)} networks ({', '.join(nets)}), seeds {seeds}, {took:.0f} s",
         *("", score(bugs), "", honest_score(runs), ""),
         ", ".join(f"{key} {value}" for key, value in capture().items()),
     ]

@@ -19,8 +19,8 @@ class Outcome:
     """One bug in one network and precision.
 
     ``by_outputs`` and ``by_layers`` say whether either comparison alone would have caught it,
-    ``named`` whether the first layer beyond the limit is one that the bug is in: None where there
-    is none to name; the bug is in ``layers`` of them. ``detail`` is the verdict in words.
+    ``named`` of what is caught whether the first layer beyond the limit has the bug: None where
+    no layer has it; the bug is in ``layers`` of them. ``detail`` is the verdict in words.
     """
 
     bug: str
@@ -48,13 +48,14 @@ def try_bug(case: Case, bug: Bug, *, seed: int = 0) -> Outcome:
         return Outcome(*where, "refused", detail=got)
     touched = case.layers(mutant.model)
     first = got.first.layer if got.first is not None else None
+    fails = got.verdict == "fail"
     return Outcome(
         *where,
-        "caught" if got.verdict == "fail" else "missed",
+        "caught" if fails else "missed",
         by_outputs=bool(got.nonfinite) or got.multiple is None or not got.multiple <= LIMIT,
         by_layers=first is not None,
         nonfinite=bool(got.nonfinite),
-        named=first in touched if touched else None,
+        named=first in touched if touched and fails else None,
         layers=len(touched),
         detail="; ".join(got.failures) or f"{got.multiple:.3g} times its noise; worst: {got.worst}",
     )

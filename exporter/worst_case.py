@@ -36,7 +36,8 @@ Run = Callable[[Array], Array]
 KINDS = ("drift", "gap", "flip", "extreme")
 _CONFIRM_EVERY = 5
 _HALVINGS = 30
-_MOST_KEPT = 8
+_KEPT = 4  # inputs of each kind
+_UNDECIDED = 16 * 2.0**-24  # of the largest output: a margin that float32 may lose
 
 
 class Search(NamedTuple):
@@ -53,7 +54,7 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search came to, and the inputs (K, C, H, W) float32 that show it, the worst first."""
+    """What a search came to, and the inputs (K, C, H, W) float32 that show it, widest gap first."""
 
     record: WorstCase
     inputs: Array
@@ -122,8 +123,7 @@ class _Lanes:
         import numpy as np
 
         generator = np.random.default_rng(search.seed)
-        two = np.sort(want, axis=1)[:, -2:] if want.shape[1] > 1 else np.zeros((len(want), 2))
-        unsure = np.argsort(two[:, 1] - two[:, 0], kind="stable")[: -(-search.lanes // 2)]
+        unsure = np.argsort(_margins(want), kind="stable")[: -(-search.lanes // 2)]
         others = generator.permutation(len(samples))[: search.lanes - len(unsure)]
         chosen = np.concatenate([unsure, others])
         origins = samples[chosen]
@@ -188,10 +188,14 @@ class _Witness:
     flips: int = 0
     nonfinite: int = 0
     first_flip: Flip | None = None
-    _kept: list[tuple[float, Array]] = field(default_factory=list)
+    _widest: list[tuple[float, Array]] = field(default_factory=list)
+    _flipped: list[Array] = field(default_factory=list)
 
     def see(self, inputs: Array, origins: Array, step: int) -> Array:
-        """Confirm inputs, of which ``origins`` are the real samples, and return the network's."""
+        """Confirm inputs, of which ``origins`` are the real samples, and return the network's.
+
+        A flip is one only where the network itself is decided: by more than float32 can lose.
+        """
         import numpy as np
 
         want, got = self.run_reference(inputs), self.run_artefact(inputs)
@@ -199,21 +203,24 @@ class _Witness:
         finite = np.isfinite(want).all(axis=1) & np.isfinite(got).all(axis=1)
         self.nonfinite += int((~finite).sum())
         gaps = np.where(finite, np.abs(got - want).max(axis=1), np.inf)
-        flipped = finite & (want.argmax(axis=1) != got.argmax(axis=1))
         self.gap = max(self.gap, float(gaps[finite].max(initial=0.0)))
-        self.flips += int(flipped.sum())
-        for i in np.flatnonzero(flipped)[:1] if self.first_flip is None else ():
+        margins = _margins(want)
+        decided = finite & (margins > _UNDECIDED * np.abs(want).max(axis=1))
+        flipped = np.flatnonzero(decided & (want.argmax(axis=1) != got.argmax(axis=1)))
+        self.flips += len(flipped)
+        if len(flipped) and self.first_flip is None:
+            i = int(flipped[0])
             self.first_flip = Flip(
                 step=step,
                 distance=float(np.abs(inputs[i] - origins[i]).max()),
+                margin=float(margins[i]),
                 reference=int(want[i].argmax()),
                 artefact=int(got[i].argmax()),
             )
-        worth = np.where(flipped, gaps + 1e30, gaps)  # flips before gaps, however large
-        for i in np.argsort(-worth)[:_MOST_KEPT]:
-            self._kept.append((float(worth[i]), inputs[i].copy()))
-        self._kept.sort(key=lambda pair: -pair[0])
-        del self._kept[_MOST_KEPT:]
+        self._flipped += [inputs[i].copy() for i in flipped[: _KEPT - len(self._flipped)]]
+        self._widest += [(float(gaps[i]), inputs[i].copy()) for i in np.argsort(-gaps)[:_KEPT]]
+        self._widest.sort(key=lambda pair: -pair[0])
+        del self._widest[_KEPT:]
         return want
 
     def halve(self, inputs: Array, origins: Array, step: int) -> None:
@@ -228,15 +235,24 @@ class _Witness:
         start = near
         for _ in range(_HALVINGS):
             middle = ((near + far) / 2).astype(inputs.dtype)
-            same = self.run_reference(middle).argmax(axis=1) == label
+            same = self.see(middle, start, step).argmax(axis=1) == label
             same = same.reshape(-1, *[1] * (middle.ndim - 1))
             near, far = np.where(same, middle, near), np.where(same, far, middle)
-        self.see(near, start, step)
-        self.see(far, start, step)
 
     def inputs(self) -> Array:
-        """Return the worst inputs, (K, C, H, W) float32."""
+        """Return the inputs with the widest gaps, and then the first that flipped."""
         import numpy as np
 
-        kept: Array = np.stack([pair[1] for pair in self._kept])
+        kept: Array = np.stack([*(pair[1] for pair in self._widest), *self._flipped])
         return kept
+
+
+def _margins(outputs: Array) -> Array:
+    """Return by how much each sample's largest output exceeds the next, (samples,)."""
+    import numpy as np
+
+    if outputs.shape[1] < 2:
+        return np.full(len(outputs), np.inf)
+    two = np.partition(outputs, -2, axis=1)[:, -2:]
+    margins: Array = two[:, 1] - two[:, 0]
+    return margins

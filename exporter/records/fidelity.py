@@ -109,11 +109,13 @@ class Flip(Found, frozen=True):
     """An input on which network and artefact give different labels.
 
     ``step`` is the gradient step at which it was found, 0 for a sample as it was; ``distance`` the
-    largest change of an element from the real sample; the others are the two labels.
+    largest change of an element from the real sample; ``margin`` by how much the network itself
+    prefers its label there; the others are the two labels.
     """
 
     step: int
     distance: float
+    margin: float
     reference: int
     artefact: int
 
@@ -123,7 +125,7 @@ class WorstCase(Found, frozen=True):
 
     ``tried`` inputs were run through both, the ``_on_samples`` figures are those of the real
     samples it began at. ``gap`` is the largest |y − r| of one output, over inputs with finite ones;
-    ``file`` has the inputs in the bundle, the worst first.
+    ``file`` has inputs in the bundle: those with the widest gaps, then the first that flipped.
     """
 
     artefact: str

@@ -179,5 +179,6 @@ def worst(case: WorstCase) -> str:
     where = "on a sample itself" if flip.step == 0 else f"at step {flip.step}"
     return (
         f"{said}; {case.flips + case.flips_on_samples} label flips, the first {where}, "
-        f"{flip.distance:.3g} away: {flip.reference} became {flip.artefact}"
+        f"{flip.distance:.3g} away: {flip.reference}, which the network prefers by "
+        f"{flip.margin:.2g}, became {flip.artefact}"
     )

@@ -234,6 +234,7 @@ def _search(
             surrogate=surrogate,
             output=job.model.output.name,
             samples=job.held_out.inputs,
+            on_samples=(bundle.ladder.truth.held_out, bundle.ladder.outputs[artefact.name]),
             run_reference=partial(job.outputs, truth),
             run_artefact=partial(job.outputs, session),
             search=search,

@@ -67,6 +67,7 @@ def search_worst_case(
     surrogate: Emulator,
     output: str,
     samples: Array,
+    on_samples: tuple[Array, Array],
     run_reference: Run,
     run_artefact: Run,
     search: Search = Search(),  # noqa: B008 - immutable
@@ -75,11 +76,13 @@ def search_worst_case(
     """Search near ``samples`` (N, C, H, W) float32 for the largest disagreement.
 
     ``reference`` and ``surrogate`` are the network's graph and the artefact's, for gradients;
+    ``on_samples`` has what the network and the artefact give on the samples themselves, and
     ``run_reference`` and ``run_artefact`` take (n, C, H, W) float32 and give (n, outputs) float64.
     ``advance`` is called after each step.
     """
     witness = _Witness(run_reference, run_artefact)
-    want = witness.see(samples, samples, step=0)
+    want, got = on_samples
+    witness.note(samples, samples, want, got, step=0)
     started, flipped = witness.gap, witness.flips
     lanes = _Lanes.choose(samples, want, search)
     climb = _Climb(reference.in_float32(), surrogate.in_float32(), output, lanes, search)
@@ -192,13 +195,18 @@ class _Witness:
     _flipped: list[Array] = field(default_factory=list)
 
     def see(self, inputs: Array, origins: Array, step: int) -> Array:
-        """Confirm inputs, of which ``origins`` are the real samples, and return the network's.
+        """Confirm inputs, of which ``origins`` are the real samples, and return the network's."""
+        want = self.run_reference(inputs)
+        self.note(inputs, origins, want, self.run_artefact(inputs), step)
+        return want
+
+    def note(self, inputs: Array, origins: Array, want: Array, got: Array, step: int) -> None:
+        """Keep what is worst among inputs of which both outputs are known.
 
         A flip is one only where the network itself is decided: by more than float32 can lose.
         """
         import numpy as np
 
-        want, got = self.run_reference(inputs), self.run_artefact(inputs)
         self.tried += len(inputs)
         finite = np.isfinite(want).all(axis=1) & np.isfinite(got).all(axis=1)
         self.nonfinite += int((~finite).sum())
@@ -221,7 +229,6 @@ class _Witness:
         self._widest += [(float(gaps[i]), inputs[i].copy()) for i in np.argsort(-gaps)[:_KEPT]]
         self._widest.sort(key=lambda pair: -pair[0])
         del self._widest[_KEPT:]
-        return want
 
     def halve(self, inputs: Array, origins: Array, step: int) -> None:
         """Halve the way from each sample to where the network's label has changed."""

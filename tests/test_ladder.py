@@ -454,3 +454,31 @@ def test_inputs_that_changed_places(judge, branches, op):
     found = judge("fp32", file, by=branches)
     is_wrong(found, node.name.partition("/")[0], "reads ", " was asked for")
     assert found.rung.fidelity.first.op == op
+
+
+# ── Whose fault it is ───────────────────────────────────────────────────────────────
+
+
+def test_a_layer_that_the_exporter_wrote_wrongly_is_its_fault_and_not_the_runtimes(
+    tiny_model, tmp_path
+):
+    """Then the file is what was asked for, and what was asked for is not the network."""
+    job = resolve(tiny_model)
+    folded = fold_batchnorm(job.module, job.example()).module
+    path = tmp_path / "a.onnx"
+    export_onnx(folded, path, input=job.input, output=job.model.output, batch=job.profile.batch)
+    graph = onnx.load(path)
+    weight = next(t for t in graph.graph.initializer if t.name == "block2.0.conv2.weight")
+    flipped = onnx.numpy_helper.to_array(weight)[:, :, ::-1, ::-1].copy()
+    weight.CopyFrom(onnx.numpy_helper.from_array(flipped, weight.name))
+    onnx.save(graph, path)
+    asked = Asked.of(job, graph, "fp32")
+    wrong = Ladder(job, Truth.compute(job, folded), asked)
+    runtime = OrtCpu(threads=1)
+    with runtime.open(path) as session:
+        artefact = wrong.judge(Artefact("fp32", "ort-cpu", None), runtime, path, session, asked)
+    fidelity = artefact.rung.fidelity
+    assert (fidelity.verdict, fidelity.first) == ("fail", None)
+    assert fidelity.cause == (
+        "torch.onnx wrote 'block2.0.conv2' as something else than the folded network has"
+    )

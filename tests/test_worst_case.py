@@ -86,14 +86,16 @@ def network(tiny_module):
 
 
 def search(graph, model, network, **asked):
+    artefact = runs(model)
     return search_worst_case(
         "planted",
         reference=Emulator.of(graph),
         surrogate=Emulator.of(model),
         output="logits",
         samples=samples(),
+        on_samples=(network(samples()), artefact(samples())),
         run_reference=network,
-        run_artefact=runs(model),
+        run_artefact=artefact,
         search=Search(**asked),
     )
 

@@ -24,8 +24,9 @@ check: .venv/ready-dev    ## format, lint, types, layers
 weights: .venv/ready-default    ## train the built-in network again, from its fixed seed
 	$(BIN)/resnet-export train exporter/models/$(MODEL).safetensors --model $(MODEL)
 
-bench: .venv/ready-default    ## measure the forms a BatchNorm behind a ReLU can take
+bench: .venv/ready-default    ## measure the forms that a BatchNorm can take where it leaves something
 	$(BIN)/python benchmarks/stem_forms.py
+	$(BIN)/python benchmarks/padding_forms.py
 
 mutation: .venv/ready-default    ## seed conversion bugs, and count those that the fidelity gate catches
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m mutation

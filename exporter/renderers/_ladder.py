@@ -66,13 +66,11 @@ def findings(report: Report) -> Iterator[str]:
             yield f"{variant.precision}: {variant.refused}"
         for artefact in variant.artefacts:
             yield from (f"{artefact.name}: {why}" for why in _of_artefact(artefact))
-            if _is_faithful(artefact) and any(parity.failures for parity in artefact.parity):
-                yield from (f"{artefact.name}: {line}" for line in _of_quality(variant))
-
-
-def _is_faithful(artefact: Artefact) -> bool:
-    fidelity = artefact.rung.fidelity if artefact.rung else None
-    return fidelity is not None and fidelity.verdict == "pass"
+            fidelity = artefact.rung.fidelity if artefact.rung else None
+            is_faithful = fidelity is not None and fidelity.verdict == "pass"
+            if fidelity and is_faithful and any(parity.failures for parity in artefact.parity):
+                lines = _of_quality(variant, fidelity.limit)
+                yield from (f"{artefact.name}: {line}" for line in lines)
 
 
 def _of_artefact(artefact: Artefact) -> Iterator[str]:
@@ -82,9 +80,9 @@ def _of_artefact(artefact: Artefact) -> Iterator[str]:
         yield f"not compared layer by layer: {fidelity.unseen}"
 
 
-def _of_quality(variant: Variant) -> Iterator[str]:
+def _of_quality(variant: Variant, limit: float) -> Iterator[str]:
     """Name the layers at which a precision loses most, where a gate of quality was missed."""
-    beyond = [loss for loss in variant.losses if loss.exceeds(4.0)]
+    beyond = [loss for loss in variant.losses if loss.exceeds(limit)]
     if beyond:
         yield f"the first layer that loses more than its precision explains is {_loss(beyond[0])}"
     worst = sorted(variant.losses, key=lambda loss: loss.relative or 0.0, reverse=True)

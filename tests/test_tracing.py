@@ -688,3 +688,38 @@ def test_tracing_leaves_no_trace_in_the_argument():
     before = deepcopy(vars(module)).keys()
     fold_batchnorm(module, PICTURES)
     assert vars(module).keys() == before
+
+
+# ── BatchNorms that join an activation ──────────────────────────────────────────────
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """The way image-model libraries write it: a BatchNorm with layers of its own."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        x = functional.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_batchnorm_that_joins_an_activation_folds_under_its_own_name_and_once(example):
+    layers = [nn.Conv2d(3, 6, 3), NormAndActivation(6), nn.Conv2d(6, 4, 1), NormAndActivation(4)]
+    assert check(nn.Sequential(*layers), folded=2, example=example) == [
+        "1: Conv → BatchNorm: scale and shift into 0",
+        "3: Conv → BatchNorm: scale and shift into 2",
+    ]

@@ -49,6 +49,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from msgspec import structs
@@ -67,6 +68,7 @@ from exporter.fold.backwards import push_backwards
 from exporter.fold.copies import fork
 from exporter.fold.forwards import push_forwards
 from exporter.fold.graph import Graph, Plan, Stays
+from exporter.fold.lifting import BATCHNORM
 from exporter.fold.same import first_line
 from exporter.fold.shapes import note_shapes
 from exporter.fold.tracing import trace
@@ -121,7 +123,17 @@ def fold_batchnorm(
         except _Wrong as found:
             wrong[found.node] = f"folding it moves the network's values by {found.error:.1e}"
         else:
-            return Folded(_finished(graph), (*fates, *uncalled))
+            return Folded(_finished(graph), (*map(partial(_named_as, module), fates), *uncalled))
+
+
+def _named_as(module: nn.Module, fate: Fate) -> Fate:
+    """Name a BatchNorm that was found in another's forward() after that one, which the user has."""
+    name, call, rest = fate.name.partition(" (call ")
+    holder = name.rpartition(".")[0]
+    known = dict(module.named_modules())
+    if name in known or not isinstance(known.get(holder), BATCHNORM):
+        return fate
+    return structs.replace(fate, name=f"{holder}{call}{rest}")
 
 
 class _Wrong(Exception):

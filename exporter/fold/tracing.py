@@ -176,6 +176,8 @@ def _uncalled(copy: nn.Module, traced: fx.GraphModule) -> Iterator[Fate]:
     """Yield the fates of BatchNorms that a graph does not show."""
     nodes = traced.graph.nodes
     called = {str(node.target) for node in nodes if node.op == "call_module"}
+    means = (getattr(traced.get_submodule(name), "running_mean", None) for name in called)
+    lifted = {mean.data_ptr() for mean in means if mean is not None}
     readers = {str(n.target).rpartition(".")[0]: n.users for n in nodes if n.op == "get_attr"}
     for name, child in copy.named_modules():
         users = [
@@ -183,6 +185,8 @@ def _uncalled(copy: nn.Module, traced: fx.GraphModule) -> Iterator[Fate]:
         ]
         if not isinstance(child, BATCHNORM) or name in called or "batch_norm" in users:
             continue
+        if child.running_mean is not None and child.running_mean.data_ptr() in lifted:
+            continue  # its forward() was gone into, and a layer in it holds its tensors
         holder = next((target for target in called if name.startswith(f"{target}.")), None)
         why = f"inside {holder}, which cannot be traced into" if holder else "never called"
         if users:

@@ -1,18 +1,34 @@
-"""The graphs that were asked for: the FP32 one in every precision of a job, one after another."""
+"""The graphs that were asked for: the FP32 one, and then in every precision of a job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.calibration import calibrate
 from exporter.contracts import Converted, Precision
 from exporter.errors import GraphError
 from exporter.job import Job
+from exporter.records import OnnxModel
 from exporter.samples import feeds
+from exporter.to_onnx import export_onnx
 
 if TYPE_CHECKING:
     import onnx
+    from torch import nn
+
+
+def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
+    """Write the folded network to ``path`` as the FP32 graph. Raises `GraphError`."""
+    return export_onnx(
+        folded,
+        path,
+        input=job.input,
+        output=job.model.output,
+        batch=job.profile.batch,
+        opset=job.profile.opset,
+    )
 
 
 def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Converted | GraphError]]:

@@ -105,7 +105,7 @@ class Asked:
             runs: tuple[Arithmetic, ...] = ("exact", "noisy")
             if emulator.rounds_to_half:
                 runs += ("rounded",)
-            count = (_HELD_OUT + _NOISE) * len(runs)
+            count = -(-(_HELD_OUT + _NOISE) // _AT_ONCE) * len(runs)
             with job.stage(f"{precision}: emulate the graph asked for", count) as advance:
                 got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
         except GraphError as error:

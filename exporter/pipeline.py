@@ -26,7 +26,7 @@ from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
-from exporter.graphs import convert_all
+from exporter.graphs import convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -45,7 +45,6 @@ from exporter.records import (
 )
 from exporter.reference import TorchSession
 from exporter.renderers import markdown, record
-from exporter.to_onnx import export_onnx
 from exporter.version import TOOL
 
 if TYPE_CHECKING:
@@ -93,14 +92,7 @@ def run(
         folded = fold_batchnorm(job.module, job.example())
     with new_bundle(out) as folder, job.threads(), ExitStack() as sessions:
         with job.stage("export to ONNX"):
-            source = export_onnx(
-                folded.module,
-                folder / f"{job.name}.fp32.onnx",
-                input=job.input,
-                output=job.model.output,
-                batch=profile.batch,
-                opset=profile.opset,
-            )
+            source = export_source(job, folded.module, folder / f"{job.name}.fp32.onnx")
         truth = Truth.compute(job, folded.module)
         fold = _check_fold(job, folded, truth)
         graph = onnx.load(source.path)

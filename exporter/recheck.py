@@ -21,7 +21,7 @@ from exporter.contracts import Converted, Model, Progress, Session, silent
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.fold import fold_batchnorm
-from exporter.graphs import convert_all
+from exporter.graphs import convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.parity import check_same_interface
@@ -30,7 +30,6 @@ from exporter.records import Array, Artefact, File, Report, Variant
 from exporter.reference import TorchSession
 from exporter.renderers import record
 from exporter.runtimes._graph import read_graph
-from exporter.to_onnx import export_onnx
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -72,16 +71,8 @@ def check_bundle(
         folded = fold_batchnorm(job.module, job.example()).module
     with TemporaryDirectory() as scratch, job.threads():
         with job.stage("export to ONNX again"):
-            source = export_onnx(
-                folded,
-                Path(scratch, f"{job.name}.fp32.onnx"),
-                input=job.input,
-                output=job.model.output,
-                batch=job.profile.batch,
-                opset=job.profile.opset,
-            )
-        graph = onnx.load(source.path)
-    with job.threads():
+            path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
+        graph = onnx.load(path)
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
         rungs = ladder.pytorch_rungs()
         made = dict(convert_all(job, graph))

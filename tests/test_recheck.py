@@ -74,10 +74,10 @@ def bundle(tiny_model, weights) -> Path:
 def honest(bundle, tiny_model, weights):
     """The bundle checked as it is, and what of that check does not depend on its files."""
     kept = {}
-    export, compute = recheck.export_onnx, recheck.Truth.compute
+    export, compute = recheck.export_source, recheck.Truth.compute
 
-    def exported(module, path, **more):
-        kept["made"] = export(module, path, **more)
+    def exported(job, folded, path):
+        kept["made"] = export(job, folded, path)
         kept["graph"] = path.read_bytes()
         return kept["made"]
 
@@ -86,7 +86,7 @@ def honest(bundle, tiny_model, weights):
         return kept["truth"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recheck, "export_onnx", exported)
+        patch.setattr(recheck, "export_source", exported)
         patch.setattr(recheck.Truth, "compute", computed)
         before = digests(bundle)
         report = check_bundle(bundle, model=tiny_model, weights=weights, calibration=IMAGES)
@@ -104,11 +104,11 @@ def check(honest, tiny_model, weights, monkeypatch):
     """Check a folder; the network itself was exported and run once. Nothing may be written."""
     _, kept = honest
 
-    def exported(module, path, **more):
+    def exported(job, folded, path):
         path.write_bytes(kept["graph"])
         return kept["made"]._replace(path=path)
 
-    monkeypatch.setattr(recheck, "export_onnx", exported)
+    monkeypatch.setattr(recheck, "export_source", exported)
     monkeypatch.setattr(recheck.Truth, "compute", lambda job, folded: kept["truth"])
 
     def checked(folder: Path, **more) -> exporter.Report:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
-from exporter.records import Asked, Feed, OnnxModel, Outputs, TensorSpec
+from exporter.records import Array, Asked, Feed, OnnxModel, Outputs, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -65,10 +65,20 @@ class Converted(NamedTuple):
 class Precision(Protocol):
     """A rewrite of the FP32 graph into one whose types say what they are."""
 
-    needs_statistics: ClassVar[bool]
+    needs_calibration: ClassVar[bool]
 
-    def convert(self, model: onnx.ModelProto, statistics: Statistics) -> Converted:
-        """Return the graph in this precision. The argument is left as it was.
+    def convert(
+        self,
+        model: onnx.ModelProto,
+        statistics: Statistics,
+        samples: Array,
+        *,
+        progress: Progress = ...,
+    ) -> Converted:
+        """Return the graph in this precision. The arguments are left as they were.
+
+        ``samples`` are the calibration samples, (N, *shape) float32, and ``statistics`` what one
+        pass of the FP32 graph over them saw; both are empty unless `needs_calibration`.
 
         Raises `GraphError` where the graph cannot be stored so without changing what it means.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.calibration import calibrate
-from exporter.contracts import Converted, Precision
+from exporter.contracts import Converted
 from exporter.errors import GraphError
 from exporter.job import Job
 from exporter.records import OnnxModel
@@ -39,10 +39,9 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
     statistics: Mapping[str, Any] = {}
     for name, precision in job.precisions.items():
         try:
-            if precision.needs_statistics and not statistics:
+            if precision.needs_calibration and not statistics:
                 statistics = _calibrate(job, graph)
-            with job.stage(f"{name}: convert"):
-                made: Converted | GraphError = _convert(precision, graph, statistics, name)
+            made: Converted | GraphError = _convert(job, name, graph, statistics)
         except GraphError as error:
             made = error
         yield name, made
@@ -56,12 +55,13 @@ def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
 
 
 def _convert(
-    precision: Precision, graph: onnx.ModelProto, statistics: Mapping[str, Any], name: str
+    job: Job, name: str, graph: onnx.ModelProto, statistics: Mapping[str, Any]
 ) -> Converted:
     """Return the graph in one precision, known to be valid. Raises `GraphError`."""
     import onnx
 
-    converted = precision.convert(graph, statistics)
+    samples = job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs
+    converted = job.precisions[name].convert(graph, statistics, samples, progress=job.stage)
     try:
         onnx.checker.check_model(converted.model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

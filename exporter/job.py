@@ -76,7 +76,7 @@ class Job:
         module = chosen.module()
         digest = load_weights(module, path)
         _check_input(module, spec, name)
-        needed = any(precision.needs_statistics for precision in precisions.values())
+        needed = any(precision.needs_calibration for precision in precisions.values())
         return cls(
             name=name,
             model=chosen,

@@ -109,7 +109,7 @@ class Seen:
 def quantised(**more) -> onnx.ModelProto:
     return (
         Int8(calibrator="max", linear=True, **more)
-        .convert(network(), {"x": Seen(3.0), "f": Seen(2.0)})
+        .convert(network(), {"x": Seen(3.0), "f": Seen(2.0)}, X[:0])
         .model
     )
 

@@ -211,7 +211,7 @@ def test_half_weights_and_activations_are_two_bytes_each(kind, dtype):
 
 def test_fp16_halves_the_bytes_of_a_real_network_and_leaves_its_arithmetic(tiny_onnx):
     whole = onnx.load(tiny_onnx.path)
-    half = Fp16(half_io=True).convert(whole, {}).model
+    half = Fp16(half_io=True).convert(whole, {}, np.empty(0)).model
     floats = sum(
         int(np.prod(t.dims)) for t in whole.graph.initializer if t.data_type == TensorProto.FLOAT
     )

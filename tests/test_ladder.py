@@ -66,7 +66,7 @@ def asked(ladder) -> dict[str, Asked]:
     made = {name: found.model for name, found in convert_all(job, graph)}
     statistics = calibrate(graph, feeds(job.calibration.inputs, "input", size=1))
     around = load_precision("int8", {"around": "fp16"})
-    made["int8 in fp16"] = around.convert(graph, statistics).model
+    made["int8 in fp16"] = around.convert(graph, statistics, job.calibration.inputs).model
     return {name: ladder.ask(model, NAME[name]) for name, model in made.items()}
 
 

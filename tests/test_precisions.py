@@ -19,6 +19,9 @@ def graph(tiny_onnx) -> onnx.ModelProto:
     return onnx.load(tiny_onnx.path)
 
 
+NO_SAMPLES = np.empty((0, 1, 32, 32), np.float32)
+
+
 @pytest.fixture(scope="module")
 def images():
     return digits((1, 32, 32), "train").inputs[:32]
@@ -29,8 +32,8 @@ def statistics(graph, images):
     return calibrate(graph, feeds(images, "input", size=1))
 
 
-def convert(name, graph, statistics, **options):
-    return plugins.load_precision(name, options).convert(graph, statistics)
+def convert(name, graph, statistics, samples=NO_SAMPLES, **options):
+    return plugins.load_precision(name, options).convert(graph, statistics, samples)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

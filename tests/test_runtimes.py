@@ -86,7 +86,7 @@ def quantised(tiny_onnx, folder, **options) -> OnnxModel:
     graph = onnx.load(tiny_onnx.path)
     images = digits((1, 32, 32), "train").inputs[:16]
     statistics = calibrate(graph, feeds(images, "input", size=1))
-    model = plugins.load_precision("int8", options).convert(graph, statistics).model
+    model = plugins.load_precision("int8", options).convert(graph, statistics, images).model
     path = folder / "tiny.int8.onnx"
     onnx.save(model, path)
     return tiny_onnx._replace(path=path, precision="int8")
@@ -116,7 +116,9 @@ def test_what_runs_otherwise_than_the_file_reads_is_said(tiny_onnx, tmp_path):
         "0 of 6 INT8 layers run as integer kernels: they compute in float between Q and DQ, so "
         "expect no gain",
     )
-    half = plugins.load_precision("fp16", {}).convert(onnx.load(tiny_onnx.path), {}).model
+    half = (
+        plugins.load_precision("fp16", {}).convert(onnx.load(tiny_onnx.path), {}, np.empty(0)).model
+    )
     onnx.save(half, tmp_path / "half.onnx")
     (note,) = runtime.describe(tmp_path / "half.onnx")
     assert note.startswith("0 of 7 layers compute in half")
@@ -124,7 +126,7 @@ def test_what_runs_otherwise_than_the_file_reads_is_said(tiny_onnx, tmp_path):
 
 def test_a_graph_with_half_input_and_output_is_fed_halves(tiny_onnx, tmp_path):
     graph = onnx.load(tiny_onnx.path)
-    model = plugins.load_precision("fp16", {"half_io": True}).convert(graph, {}).model
+    model = plugins.load_precision("fp16", {"half_io": True}).convert(graph, {}, np.empty(0)).model
     onnx.save(model, tmp_path / "half.onnx")
     x = noise((1, 32, 32), count=2, seed=0)
     runtime = plugins.load_runtime("ort-cpu", {})
@@ -144,7 +146,11 @@ def test_a_graph_with_half_input_and_output_is_fed_halves(tiny_onnx, tmp_path):
 def test_an_engine_is_built_with_no_gpu(tiny_onnx, tmp_path, precision, targets):
     model = tiny_onnx
     if precision == "fp16":
-        half = plugins.load_precision("fp16", {}).convert(onnx.load(tiny_onnx.path), {}).model
+        half = (
+            plugins.load_precision("fp16", {})
+            .convert(onnx.load(tiny_onnx.path), {}, np.empty(0))
+            .model
+        )
         onnx.save(half, tmp_path / "tiny.fp16.onnx")
         model = tiny_onnx._replace(path=tmp_path / "tiny.fp16.onnx")
     elif precision.startswith("int8"):

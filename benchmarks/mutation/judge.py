@@ -141,7 +141,7 @@ def convert(
 ) -> onnx.ModelProto:
     """Return an FP32 graph in a precision, as the tool converts it."""
     name, options = PRECISIONS[precision]
-    return load_precision(name, options).convert(source, statistics).model
+    return load_precision(name, options).convert(source, statistics, np.empty(0)).model
 
 
 def export(module: torch.nn.Module) -> onnx.ModelProto:

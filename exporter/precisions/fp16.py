@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.contracts import Converted, Plugin, Statistics
+from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.precisions._half import to_half
+from exporter.records import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -16,9 +17,16 @@ class Fp16(Plugin, frozen=True):
 
     half_io: bool = False
 
-    needs_statistics: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
-    def convert(self, model: onnx.ModelProto, statistics: Statistics) -> Converted:
+    def convert(
+        self,
+        model: onnx.ModelProto,
+        statistics: Statistics,
+        samples: Array,
+        *,
+        progress: Progress = silent,
+    ) -> Converted:
         return to_half(model, half_io=self.half_io)
 
 

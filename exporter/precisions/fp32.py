@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from exporter.contracts import Converted, Plugin, Statistics
+from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
+from exporter.records import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -13,9 +14,16 @@ if TYPE_CHECKING:
 class Fp32(Plugin, frozen=True):
     """IEEE single precision; the graph is unchanged."""
 
-    needs_statistics: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
-    def convert(self, model: onnx.ModelProto, statistics: Statistics) -> Converted:
+    def convert(
+        self,
+        model: onnx.ModelProto,
+        statistics: Statistics,
+        samples: Array,
+        *,
+        progress: Progress = silent,
+    ) -> Converted:
         return Converted(model)
 
 

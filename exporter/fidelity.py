@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from exporter.emulation import Emulator, Step, Values
-from exporter.emulation.operators import LIMITS
+from exporter.emulation.grids import LIMITS, spacing
 from exporter.emulation.rounding import BFLOAT16, BOUNDED, FLOAT, ROUNDOFF, held
 from exporter.records import Array, Fidelity, LayerError
 
@@ -224,20 +224,23 @@ def _quantisation(
 ) -> tuple[Tensor, Tensor]:
     """Return how far x / s lies outside of the step it was rounded to, and how far it may.
 
-    Values in the middle between two steps fall to either side.
+    Values in the middle between two steps fall to either side. FP8's steps are as wide as they are
+    around x / s.
     """
     x, scale, *rest = inputs
     assert x is not None
     assert scale is not None
-    low, high = LIMITS[step.attributes["to"]]
+    kind = step.attributes["to"]
+    low, high = LIMITS[kind]
     zero = rest[0] if rest and rest[0] is not None else torch.zeros(())
     along = [1] * x.ndim
     if scale.numel() > 1:
         along[step.attributes.get("axis", 1)] = -1
     position = (x / scale.reshape(along) + zero.double().reshape(along)).clamp(low, high)
-    outside = ((position - got).abs() - 0.5).clamp(min=0)
+    width = spacing(position, kind)
+    outside = ((position - got).abs() - width / 2).clamp(min=0)
     roundoff = ROUNDOFF.get(asked.dtypes.get(step.reads[0], FLOAT), ROUNDOFF[FLOAT])
-    return outside, (position.abs() + 1) * (ROUNDOFF[FLOAT] + roundoff)
+    return outside, (position.abs() + width) * (ROUNDOFF[FLOAT] + roundoff)
 
 
 def _multiples(error: Tensor, spread: Tensor, *, bounded: bool, axis: int) -> Tensor:
@@ -262,5 +265,5 @@ def _as_tensor(value: Array) -> Tensor:
 
     plain = np.asarray(value)
     kind, size = plain.dtype.kind, plain.dtype.itemsize
-    wide = kind == "f" or (kind in "iu" and size < 4)  # floats, and quantised values
+    wide = kind in "fV" or (kind in "iu" and size < 4)  # floats, "V" for FP8, and quantised values
     return torch.from_numpy(plain.astype(np.float64) if wide else plain)

@@ -579,8 +579,8 @@ def test_every_opset_that_can_be_exported_is_read(opset):
         (
             "QuantizeLinear",
             [P, np.array(0.5)],
-            {"output_dtype": 17, "opset": 21},
-            "QuantizeLinear with type 17",
+            {"output_dtype": 19, "opset": 21},
+            "QuantizeLinear with type 19",
         ),
         ("Resize", [P, None, np.ones(4, np.float32)], {"mode": "cubic"}, "Resize with mode cubic"),
         (

@@ -6,12 +6,13 @@
     noisy      float64, with a random error of the size that rounding to each declared type must
                cause: what any honest implementation loses, and how that grows to the output
 
-INT8 is part of the function in all of them: QuantizeLinear rounds, and in the noisy run what it
-reads is a little off, so that values near the middle between two steps fall to either side, as they
-do from one runtime to the next. In a small network that is rare, but a single value that does moves
-the outputs by thousands of float32's roundoffs; and whether one does is chance, on either side. So
-in the noisy run one value does in every sample of every quantised tensor: the nearest to a middle,
-where it is near. `operators` says what each node means, `rounding` what it must lose.
+INT8 and FP8 are part of the function in all of them (`grids`): QuantizeLinear rounds, and in the
+noisy run what it reads is a little off, so that values near the middle between two steps fall to
+either side, as they do from one runtime to the next. In a small network that is rare, but a single
+value that does moves the outputs by thousands of float32's roundoffs; and whether one does is
+chance, on either side. So in the noisy run one value does in every sample of every quantised
+tensor: the nearest to a middle, in its own steps, where it is near. `operators` says what each node
+means, `rounding` what it must lose.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from exporter.emulation.grids import FLOAT8, LIMITS, spacing
 from exporter.emulation.leaky import LEAKY
-from exporter.emulation.operators import LIMITS, OPERATORS, Operator, along
+from exporter.emulation.operators import OPERATORS, Operator, along
 from exporter.emulation.rounding import (
     FLOAT,
     HALVES,
@@ -49,6 +51,18 @@ _WHOLE = {6, 7, 9, 12, 13}  # INT32, INT64, BOOL, UINT32, UINT64: shapes, indice
 _NEAR = 2.0**-6  # of a step: with a hundred values in a tensor, a few lie so near to a middle
 
 
+class Grid(NamedTuple):
+    """What a dequantised tensor's values are multiples of, and the type that holds how many."""
+
+    scale: Tensor
+    kind: int
+
+    def widths(self, value: Tensor) -> Tensor:
+        """Return how wide the steps around each value are. Several scales are of its first axis."""
+        scale = along(self.scale, value, 0)
+        return spacing(value / scale, self.kind) * scale
+
+
 class Step(NamedTuple):
     """One node: its name and operator, attributes, tensors, and the type it writes."""
 
@@ -69,7 +83,7 @@ class Emulator:
     steps: tuple[Step, ...]
     constants: Mapping[str, Tensor]
     dtypes: Mapping[str, int]
-    scales: Mapping[str, Tensor]
+    grids: Mapping[str, Grid]
     kind: torch.dtype = torch.float64
 
     @classmethod
@@ -89,7 +103,7 @@ class Emulator:
             steps=steps,
             constants=constants,
             dtypes=dtypes,
-            scales=dict(_scales(steps, constants)),
+            grids=dict(_grids(steps, constants, dtypes)),
         )
 
     def in_float32(self) -> Emulator:
@@ -107,7 +121,7 @@ class Emulator:
 
     @property
     def quantises(self) -> bool:
-        """Whether any tensor is rounded to integers."""
+        """Whether any tensor is rounded to integers or to FP8."""
         return any(step.op in ("QuantizeLinear", "DequantizeLinear") for step in self.steps)
 
     def run(
@@ -170,16 +184,20 @@ class Emulator:
     ) -> Tensor | None:
         """Return the variance of what a node's own rounding adds to ``output``, or None."""
         bias_step = None
-        if step.op in LAYERS and all(name in self.scales for name in step.reads[:2]):
-            bias_step = self.scales[step.reads[0]] * self.scales[step.reads[1]]
+        found = [self.grids[name] for name in step.reads[:2] if name in self.grids]
+        if step.op in LAYERS and [grid.kind != FLOAT8 for grid in found] == [True, True]:
+            bias_step = found[0].scale * found[1].scale
         return variance(step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step)
 
     def noise_variance(
         self, step: Step, inputs: Sequence[Tensor | None], output: Tensor
     ) -> Tensor | None:
-        """Return the variance of a node's own rounding, however it may be computed."""
+        """Return the variance of a node's own rounding, however it may be computed.
+
+        Weights that alone are quantised are multiplied as floats, by any way there is.
+        """
         own = self.variance(step, inputs, output)
-        if own is None or any(name in self.scales for name in step.reads):
+        if own is None or (step.reads and step.reads[0] in self.grids):
             return own
         other = winograd_variance(step.op, step.attributes, inputs, step.dtype)
         return own if other is None else torch.maximum(own, other)
@@ -187,7 +205,8 @@ class Emulator:
     def quantisation_variance(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | None:
         """Return what a layer's output varies by from its input's and weights' quantisation.
 
-        A value in steps of s is off by s²/12: Σ w²·sₓ²/12 + Σ x²·s_w²/12. None where neither is.
+        A value in steps of s is off by s²/12: Σ w²·sₓ²/12 + Σ x²·s_w²/12, and s is each value's own
+        in FP8. None where neither is.
         """
         if step.op not in LAYERS:
             return None
@@ -196,10 +215,8 @@ class Emulator:
         assert w is not None
         found = None
         for index, (name, value) in enumerate(zip(step.reads[:2], (x, w), strict=True)):
-            if name in self.scales:
-                scale = self.scales[name]
-                each = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.numel() > 1 else scale
-                steps = each**2 / 12 * torch.ones_like(value)
+            if name in self.grids:
+                steps = self.grids[name].widths(value) ** 2 / 12
                 terms = (steps, w**2) if index == 0 else (x**2, steps)
                 part = OPERATORS[step.op](step.attributes, *terms)
                 assert isinstance(part, Tensor)
@@ -250,13 +267,17 @@ def _tipped(x: Tensor, step: Step, inputs: Sequence[Tensor | None]) -> Tensor:
     axis = step.attributes.get("axis", 1)
     steps = along(scale, x, axis)
     position = x / steps
-    middle = position.floor() + 0.5
-    low, high = LIMITS[step.attributes["to"]]
+    kind = step.attributes["to"]
+    width = spacing(position, kind)
+    middle = ((position / width).floor() + 0.5) * width
+    low, high = LIMITS[kind]
     shifted = middle if zero is None else middle + along(zero.double(), x, axis)
-    distance = (middle - position).abs().where((shifted > low) & (shifted < high), torch.inf)
+    distance = ((middle - position).abs() / width).where(
+        (shifted > low) & (shifted < high), torch.inf
+    )
     flat = distance.reshape(len(x), -1)
     near, where = flat.min(dim=1, keepdim=True)
-    beyond = (middle + torch.where(middle >= position, _NEAR, -_NEAR)) * steps
+    beyond = (middle + torch.where(middle >= position, _NEAR, -_NEAR) * width) * steps
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter(1, where, near <= _NEAR)
     return torch.where(chosen.view_as(x), beyond, x)
 
@@ -290,11 +311,13 @@ def _tensor(proto: onnx.TensorProto) -> Tensor:
     return torch.from_numpy(np.array(value, dtype=np.float64))
 
 
-def _scales(steps: Sequence[Step], constants: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each dequantised tensor and the scale of its steps."""
+def _grids(
+    steps: Sequence[Step], constants: Mapping[str, Tensor], dtypes: Mapping[str, int]
+) -> Iterator[tuple[str, Grid]]:
+    """Yield each dequantised tensor and what it is a multiple of."""
     for step in steps:
         if step.op == "DequantizeLinear" and step.reads[1] in constants:
-            yield step.writes[0], constants[step.reads[1]]
+            yield step.writes[0], Grid(constants[step.reads[1]], dtypes.get(step.reads[0], 0))
 
 
 __all__ = ["Arithmetic", "Emulator", "Step", "Values", "emulate"]

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from exporter.emulation.operators import LIMITS, OPERATORS, Attributes, Operator, along
+from exporter.emulation.grids import LIMITS
+from exporter.emulation.operators import OPERATORS, Attributes, Operator, along
 
 LEAK = 0.1
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from exporter.emulation.grids import FLOAT8, LIMITS, nearest
+
 Attributes: TypeAlias = Mapping[str, Any]
 Operator: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
-
-LIMITS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 6: (-(2**31), 2**31 - 1)}
 
 
 # ── Layers ──────────────────────────────────────────────────────────────────────────
@@ -236,13 +236,16 @@ def along(part: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _quantize(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    if a["to"] not in LIMITS or a.get("block_size"):
-        raise NotImplementedError("block_size" if a.get("block_size") else f"type {a['to']}")
-    low, high = LIMITS[a["to"]]
+    kind = a["to"]
+    if kind not in LIMITS or a.get("block_size"):
+        raise NotImplementedError("block_size" if a.get("block_size") else f"type {kind}")
+    if kind == FLOAT8 and not (a.get("saturate", 1) and (zero is None or not zero.any())):
+        raise NotImplementedError("saturate=0 or a zero point other than 0")
+    low, high = LIMITS[kind]
     scale = along(scale, x, a.get("axis", 1))
     zero = torch.zeros((), dtype=x.dtype) if zero is None else along(zero, x, a.get("axis", 1))
     steps = x / scale
-    return (straight(steps, torch.round(steps)) + zero).clamp(low, high)
+    return (straight(steps, nearest(steps, kind)) + zero).clamp(low, high)
 
 
 def _dequantize(a: Attributes, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

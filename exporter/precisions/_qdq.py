@@ -1,4 +1,4 @@
-"""Quantise/dequantise pairs, and where they stand in a graph: what int8 and fp8 share.
+"""Quantise/dequantise pairs, and where they stand in a graph: shared by int8, fp8, int8-weights.
 
 Pairs stand where TensorRT documents them ("Working with quantized types", explicit quantisation):
 on the input and the weights of every convolution, not on its output, and on the identity branch of
@@ -8,9 +8,9 @@ a residual sum, so that convolution, bias, sum and ReLU can become one kernel.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from exporter.errors import GraphError
+from exporter.errors import GraphError, UnknownName
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -18,13 +18,60 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = ("Conv",)
 LINEAR = ("Gemm",)
+SMALLEST = 2.0**-126  # float32's smallest normal number, and so the smallest scale
+
+
+class Storage(NamedTuple):
+    """A type that stores quantised numbers: its ONNX type, and what the largest magnitude becomes.
+
+    A scale of less than ``least`` is raised to it, which only a type of floating numbers can bear.
+    """
+
+    name: str
+    dtype: int
+    largest: float
+    least: float = 0.0
+
+    def scale(self, amax: float) -> float:
+        """Return the scale of a tensor that reaches as far as ``amax``."""
+        return max(amax / self.largest, self.least) if amax else 0.0
+
+    def stored(self, steps: Array) -> Array:
+        """Return float64 numbers of steps, each as the nearest that the type holds."""
+        import numpy as np
+        import onnx
+
+        within = np.clip(steps, -self.largest, self.largest)
+        width = e4m3_widths(within) if self.dtype == FP8.dtype else 1.0
+        numbers: Array = np.rint(within / width) * width
+        return numbers.astype(onnx.helper.tensor_dtype_to_np_dtype(self.dtype))
+
+
+INT8 = Storage("INT8", 3, 127.0)  # onnx.TensorProto.INT8
+FP8 = Storage("FP8", 17, 448.0)  # onnx.TensorProto.FLOAT8E4M3FN
+
+
+def e4m3_widths(steps: Array) -> Array:
+    """Return how far apart FP8's numbers are around each: 3 bits behind the first, 2⁻⁹ at least.
+
+    Numpy's FP8 rounds float64 to float32 on its way, and so ties that are none.
+    """
+    import numpy as np
+
+    widths: Array = np.exp2(np.maximum(np.frexp(steps)[1], -5) - 4.0)
+    return widths
 
 
 class Pairs:
     """A graph and the Q/DQ pairs that go into it."""
 
-    def __init__(self, graph: onnx.GraphProto, layers: dict[str, onnx.NodeProto]) -> None:
-        self.graph, self.layers = graph, layers
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        layers: dict[str, onnx.NodeProto],
+        storage: Storage = INT8,
+    ) -> None:
+        self.graph, self.layers, self.storage = graph, layers, storage
         self._producer = {name: node for node in graph.node for name in node.output}
         self._reads = dict(_reads(graph, self._producer, set(layers)))
         self._pairs: dict[str, list[onnx.NodeProto]] = {}
@@ -41,7 +88,7 @@ class Pairs:
 
         constants: dict[str, Array] = {
             f"{name}_scale": np.array(scale, dtype=np.float32),
-            f"{name}_zero": np.array(0, dtype=np.int8),
+            f"{name}_zero": self.storage.stored(np.array(0.0)),
         }
         for constant, value in constants.items():
             self.graph.initializer.append(onnx.numpy_helper.from_array(value, constant))
@@ -61,7 +108,7 @@ class Pairs:
             node.input[index] = f"{name}_dq"
 
     def quantise_weights(self) -> None:
-        """Store each layer's weights as INT8 and dequantise them in front of it.
+        """Store each layer's weights quantised and dequantise them in front of it.
 
         Weights that two layers share are stored once.
         """
@@ -73,7 +120,8 @@ class Pairs:
             name = node.input[1]
             if name not in done:
                 done.add(name)
-                weights, scales = quantise(onnx.numpy_helper.to_array(tensors[name]), name)
+                original = onnx.numpy_helper.to_array(tensors[name])
+                weights, scales = quantise(original, name, self.storage)
                 self._add_weights(name, weights, scales)
                 self.graph.initializer.remove(tensors[name])
             node.input[1] = f"{name}_dq"
@@ -82,7 +130,7 @@ class Pairs:
         import numpy as np
         import onnx
 
-        zeros = np.zeros(len(scales), dtype=np.int8)
+        zeros = self.storage.stored(np.zeros(len(scales)))
         parts = {f"{name}_q": weights, f"{name}_scale": scales, f"{name}_zero": zeros}
         self.graph.initializer.extend(
             onnx.numpy_helper.from_array(value, part) for part, value in parts.items()
@@ -136,17 +184,59 @@ def rows_are_outputs(node: onnx.NodeProto) -> bool:
     return any(a.name == "transB" and a.i == 1 for a in node.attribute)
 
 
-def quantise(weights: Array, name: str) -> tuple[Array, Array]:
-    """Return INT8 weights and float32 scales, one per output channel; a channel of zeros has 1."""
+def layers_to_quantise(
+    graph: onnx.GraphProto, *, linear: bool, keep: tuple[str, ...]
+) -> dict[str, onnx.NodeProto]:
+    """Return the nodes to quantise, by name. Raises `UnknownName` for an unknown ``keep``."""
+    constants = {tensor.name for tensor in graph.initializer}
+    weighted = {
+        node.name: node
+        for node in graph.node
+        if node.op_type in (*CONVOLUTIONS, *LINEAR) and node.input[1] in constants
+    }
+    for name in keep:
+        if name not in weighted:
+            raise UnknownName("layer to keep", name, weighted)
+    return {
+        name: node
+        for name, node in weighted.items()
+        if name not in keep
+        and (node.op_type in CONVOLUTIONS or (linear and rows_are_outputs(node)))
+    }
+
+
+def coverage(
+    graph: onnx.GraphProto, layers: dict[str, onnx.NodeProto], kind: str, around: str
+) -> str:
+    """Say how many layers are quantised, and which are not."""
+    weighted = [n.name for n in graph.node if n.op_type in (*CONVOLUTIONS, *LINEAR)]
+    left = [name for name in weighted if name not in layers]
+    rest = f"; {', '.join(left)} in {around.upper()}" if left else ""
+    return f"{len(layers)} of {len(weighted)} weighted layers in {kind}{rest}"
+
+
+def activation_scale(name: str, amax: float, storage: Storage) -> float:
+    """Return a tensor's scale. Raises `GraphError` if calibration never moved it."""
+    scale = storage.scale(amax)
+    if not scale >= SMALLEST:
+        raise GraphError(
+            f"{name!r} cannot be quantised: its magnitude is {amax:g} on the calibration data",
+            hint="calibrate on data like what the network will see",
+        )
+    return scale
+
+
+def quantise(weights: Array, name: str, storage: Storage = INT8) -> tuple[Array, Array]:
+    """Return stored weights and float32 scales, one per output channel; one of zeros has 1."""
     import numpy as np
 
     flat = weights.reshape(len(weights), -1).astype(np.float64)
     amax = np.abs(flat).max(axis=1)
-    scales = np.where(amax > 0, amax / 127, 1.0).astype(np.float32)
-    if bad := np.flatnonzero(~(scales >= 2.0**-126)).tolist():
+    needed = np.array([storage.scale(float(a)) for a in amax])
+    scales = np.where(amax > 0, needed, 1.0).astype(np.float32)
+    if bad := np.flatnonzero(~(scales >= SMALLEST)).tolist():
         raise GraphError(
             f"{name!r} cannot be quantised: its channel {bad[0]} reaches no further than "
             f"{amax[bad[0]]:g}"
         )
-    rounded = np.clip(np.rint(flat / scales[:, None].astype(np.float64)), -127, 127)
-    return rounded.astype(np.int8).reshape(weights.shape), scales
+    return storage.stored(flat / scales[:, None].astype(np.float64)).reshape(weights.shape), scales

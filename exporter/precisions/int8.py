@@ -16,9 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
-from exporter.errors import GraphError, UnknownName
 from exporter.precisions._half import to_half
-from exporter.precisions._qdq import CONVOLUTIONS, LINEAR, Pairs, rows_are_outputs
+from exporter.precisions._qdq import INT8, Pairs, activation_scale, coverage, layers_to_quantise
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -61,51 +60,22 @@ class Int8(Plugin, frozen=True):
 
         quantised = onnx.ModelProto()
         quantised.CopyFrom(model)
-        writer = Pairs(quantised.graph, self._layers(quantised.graph))
+        layers = layers_to_quantise(quantised.graph, linear=self.linear, keep=self.keep)
+        writer = Pairs(quantised.graph, layers, INT8)
         for name in writer.activations():
             writer.quantise_activation(name, self._scale(name, statistics))
         writer.quantise_weights()
         writer.write()
-        notes = (self._coverage(model.graph, writer.layers),)
+        notes = (coverage(model.graph, layers, INT8.name, self.around),)
         if self.around == "fp16":
             half = to_half(quantised, half_io=self.half_io)
             return Converted(half.model, (*notes, *half.notes))
         return Converted(quantised, notes)
 
-    def _layers(self, graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-        """Return the nodes to quantise, by name. Raises `UnknownName` for an unknown ``keep``."""
-        constants = {tensor.name for tensor in graph.initializer}
-        weighted = {
-            node.name: node
-            for node in graph.node
-            if node.op_type in (*CONVOLUTIONS, *LINEAR) and node.input[1] in constants
-        }
-        for name in self.keep:
-            if name not in weighted:
-                raise UnknownName("layer to keep", name, weighted)
-        return {
-            name: node
-            for name, node in weighted.items()
-            if name not in self.keep
-            and (node.op_type in CONVOLUTIONS or (self.linear and rows_are_outputs(node)))
-        }
-
     def _scale(self, name: str, statistics: Statistics) -> float:
         seen = statistics[name]
         amax = seen.amax if self.calibrator == "max" else seen.percentile(self.percentile)
-        scale = amax / 127
-        if not scale >= 2.0**-126:  # float32's normal range
-            raise GraphError(
-                f"{name!r} cannot be quantised: its magnitude is {amax:g} on the calibration data",
-                hint="calibrate on data like what the network will see",
-            )
-        return scale
-
-    def _coverage(self, graph: onnx.GraphProto, layers: dict[str, onnx.NodeProto]) -> str:
-        weighted = [n.name for n in graph.node if n.op_type in (*CONVOLUTIONS, *LINEAR)]
-        left = [name for name in weighted if name not in layers]
-        rest = f"; {', '.join(left)} in {self.around.upper()}" if left else ""
-        return f"{len(layers)} of {len(weighted)} weighted layers in INT8{rest}"
+        return activation_scale(name, amax, INT8)
 
 
 PLUGIN = Int8

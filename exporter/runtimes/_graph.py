@@ -39,6 +39,13 @@ def has_half_scales(graph: onnx.GraphProto) -> bool:
     return any(types.get(n.input[1]) == half for n in graph.node if n.op_type in QUANTISERS)
 
 
+def has_float8(graph: onnx.GraphProto) -> bool:
+    """Return whether anything is stored as FP8 (E4M3), be it a zero point."""
+    import onnx
+
+    return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer)
+
+
 def has_half(graph: onnx.GraphProto) -> bool:
     """Return whether a constant is stored as half."""
     import onnx
@@ -84,21 +91,26 @@ def float32_products(graph: onnx.GraphProto) -> tuple[str, ...]:
 def check_quantisation(graph: onnx.GraphProto, name: str) -> None:
     """Raise `BuildError` for what TensorRT would read as something else.
 
-    It takes UINT8 with zero point 0 for INT8, with a warning alone, and ignores an unknown domain.
+    It takes UINT8 with zero point 0 for INT8, with a warning alone, ignores an unknown domain, and
+    saturates FP8 always.
     """
     import onnx
 
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise BuildError(f"{name}: TensorRT does not know the domain {node.domain!r}")
         if node.op_type not in QUANTISERS or len(node.input) < 3:
             continue
+        if any(a.name == "saturate" and not a.i for a in node.attribute):
+            raise BuildError(f"{name}: {node.name!r} does not saturate, and TensorRT always does")
         zero = tensors.get(node.input[2])
         if zero is None:
             raise BuildError(f"{name}: the zero point of {node.name!r} is not a constant")
-        if zero.data_type != onnx.TensorProto.INT8:
+        if zero.data_type not in kinds:
             kind = onnx.TensorProto.DataType.Name(zero.data_type)
-            raise BuildError(f"{name}: {node.name!r} is {kind}, and TensorRT takes INT8 alone")
+            allowed = " and ".join(map(onnx.TensorProto.DataType.Name, kinds))
+            raise BuildError(f"{name}: {node.name!r} is {kind}, and TensorRT takes {allowed} alone")
         if onnx.numpy_helper.to_array(zero).any():
             raise BuildError(f"{name}: the zero point of {node.name!r} is not 0")

@@ -17,6 +17,7 @@ from exporter.runtimes._graph import (
     WEIGHTED,
     dequantised_weights,
     half_layers,
+    has_float8,
     has_half,
     has_half_scales,
     is_quantised,
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 
 # With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
-# Q/DQ scales are half: it is told to run their pairs as they are written.
+# Q/DQ scales are half, or that have FP8: it is told to run their pairs as they are written.
 _AS_WRITTEN = "session.disable_quant_qdq"
+# And it drops every ReLU in front of an FP8 quantiser, whose zero point 0 it takes for the lowest.
+_DROPS_RELUS = "ReluQuantRewrite"
 
 
 class OnnxRuntime(Plugin, frozen=True):
@@ -61,7 +64,11 @@ class OnnxRuntime(Plugin, frozen=True):
         graph = read_graph(path)
         layers = sum(node.op_type in WEIGHTED for node in graph.node)
         notes = []
-        if has_half_scales(graph):
+        if has_float8(graph):
+            notes.append(
+                f"run with {_AS_WRITTEN}=1 and without {_DROPS_RELUS}, as this graph has FP8"
+            )
+        elif has_half_scales(graph):
             notes.append(f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half")
         if not (has_half(graph) or is_quantised(graph)):
             return ()
@@ -70,8 +77,9 @@ class OnnxRuntime(Plugin, frozen=True):
             integer = sum(node.op_type in INTEGER for node in executed.node)
             stored = dequantised_weights(graph)
             quantised = sum(n.op_type in WEIGHTED and n.input[1] in stored for n in graph.node)
+            kind, kernels = ("FP8", "FP8") if has_float8(graph) else ("INT8", "integer")
             notes.append(
-                f"{integer} of {quantised} INT8 layers run as integer kernels"
+                f"{integer} of {quantised} {kind} layers run as {kernels} kernels"
                 + ("" if integer else ": they compute in float between Q and DQ, so expect no gain")
             )
         if has_half(graph) and (half := half_layers(executed)) < layers:
@@ -102,16 +110,19 @@ class OnnxRuntime(Plugin, frozen=True):
         options.intra_op_num_threads = self.threads
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if has_half_scales(read_graph(path)):
+        graph = read_graph(path)
+        if has_half_scales(graph) or has_float8(graph):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 
     def _load(self, path: Path, options: Any) -> Any:
         import onnxruntime as ort
 
+        disabled = [_DROPS_RELUS] if has_float8(read_graph(path)) else []
+        providers = [(self.provider, dict(self.provider_options))]
         try:
             session = ort.InferenceSession(
-                path, options, providers=[(self.provider, dict(self.provider_options))]
+                path, options, providers=providers, disabled_optimizers=disabled
             )
         except Exception as error:  # onnxruntime raises one private class per status code
             reason = str(error).strip().splitlines()[0]
@@ -140,7 +151,9 @@ class _Session:
         except Exception as error:  # onnxruntime raises one private class per status code
             reason = str(error).strip().splitlines()[0]
             raise BuildError(f"onnxruntime cannot run the graph: {reason}") from error
-        return dict(zip(names, found, strict=True))
+        kinds = [output.type for output in self.session.get_outputs()]
+        read = [_as_float8(*pair) for pair in zip(found, kinds, strict=True)]
+        return dict(zip(names, read, strict=True))
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
         import onnxruntime as ort
@@ -158,3 +171,12 @@ class _Session:
         return {
             name: value.astype("float16") if name in half else value for name, value in feed.items()
         }
+
+
+def _as_float8(value: Any, kind: str) -> Any:
+    """Return a tensor as numbers: onnxruntime hands FP8 over as the bytes that hold it."""
+    import onnx
+
+    if kind != "tensor(float8e4m3fn)":
+        return value
+    return value.view(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 from exporter.contracts import Action
 from exporter.errors import BuildError, UnknownName
 from exporter.runtimes._cuda import compute_capability, missing_gpu, missing_to_run
-from exporter.runtimes._graph import float32_products, is_quantised
+from exporter.runtimes._graph import float32_products, has_float8, is_quantised
 from exporter.runtimes._trt import TensorRt
 
 if TYPE_CHECKING:
     import onnx
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+WITH_FP8 = ("sm89", "sm120", "sm121")
 CURRENT = "current"
 
 
@@ -55,6 +56,14 @@ class TensorRtRtx(TensorRt, frozen=True):
 
     def refuse(self, graph: onnx.GraphProto, name: str) -> None:
         """Raise `BuildError` for a graph that the library would refuse, or spoil in silence."""
+        without = [target for target in self.targets if target not in (*WITH_FP8, CURRENT)]
+        if without and has_float8(graph):
+            raise BuildError(
+                f"{name}: FP8 does not exist on {', '.join(without)}, and one engine serves all "
+                "targets",
+                hint=f"choose among {', '.join(WITH_FP8)}, say --target sm89,sm120, or use the "
+                "profile 'ada'",
+            )
         if "sm75" not in self.targets:
             return
         if is_quantised(graph) and len(self.targets) > 1:

@@ -32,7 +32,8 @@ from exporter.parity import collect_outputs
 from exporter.plugins import load_precision
 from exporter.records import Array, BatchRange, Feed, Fidelity, Outputs, TensorSpec
 from exporter.reference import TorchSession
-from exporter.runtimes._graph import has_half_scales
+from exporter.runtimes._graph import has_float8, has_half_scales
+from exporter.runtimes._ort import NOT_FOR_FP8, as_float8
 from exporter.samples import feeds
 from exporter.to_onnx import export_onnx
 from mutation.nets import SHAPE, Net, pictures
@@ -43,6 +44,9 @@ PRECISIONS = {
     "fp16": ("fp16", {}),
     "int8": ("int8", {}),
     "int8 around fp16": ("int8", {"around": "fp16"}),
+    "int8-weights": ("int8-weights", {}),
+    "fp8": ("fp8", {}),
+    "fp8 around fp16": ("fp8", {"around": "fp16"}),
 }
 JUDGED, LAYERED = 12, 8  # samples, as many as the ladder takes
 SAME = 1e-12
@@ -157,7 +161,8 @@ def open_session(
 ) -> Session:
     """Load a graph as the runtime ort-cpu does, at one of ONNX Runtime's optimisation extremes.
 
-    ``as_written=False`` leaves out what ort-cpu sets for graphs whose quantisation scales are half.
+    ``as_written=False`` leaves out what ort-cpu sets for graphs whose quantisation scales are half,
+    or that have FP8.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -166,14 +171,19 @@ def open_session(
     levels = ort.GraphOptimizationLevel
     level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     options.graph_optimization_level = level
-    if as_written and has_half_scales(model.graph):
+    disabled = list(NOT_FOR_FP8) if as_written and has_float8(model.graph) else []
+    if as_written and (has_half_scales(model.graph) or has_float8(model.graph)):
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     data = model.SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        data, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )
     names = [output.name for output in session.get_outputs()]
+    kinds = [output.type for output in session.get_outputs()]
 
     def run(feed: Feed) -> Outputs:
-        return dict(zip(names, session.run(names, dict(feed)), strict=True))
+        found = map(as_float8, session.run(names, dict(feed)), kinds)
+        return dict(zip(names, found, strict=True))
 
     return run
 

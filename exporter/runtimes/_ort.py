@@ -32,8 +32,9 @@ INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulIntege
 # With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
 # Q/DQ scales are half, or that have FP8: it is told to run their pairs as they are written.
 _AS_WRITTEN = "session.disable_quant_qdq"
-# And it drops every ReLU in front of an FP8 quantiser, whose zero point 0 it takes for the lowest.
-_DROPS_RELUS = "ReluQuantRewrite"
+# And before an FP8 quantiser it drops every ReLU, since it takes the zero point 0 for the lowest
+# number, and fails on every Clip.
+NOT_FOR_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
 
 
 class OnnxRuntime(Plugin, frozen=True):
@@ -66,7 +67,8 @@ class OnnxRuntime(Plugin, frozen=True):
         notes = []
         if has_float8(graph):
             notes.append(
-                f"run with {_AS_WRITTEN}=1 and without {_DROPS_RELUS}, as this graph has FP8"
+                f"run with {_AS_WRITTEN}=1 and without {' and '.join(NOT_FOR_FP8)}, as this graph "
+                "has FP8"
             )
         elif has_half_scales(graph):
             notes.append(f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half")
@@ -118,11 +120,11 @@ class OnnxRuntime(Plugin, frozen=True):
     def _load(self, path: Path, options: Any) -> Any:
         import onnxruntime as ort
 
-        disabled = [_DROPS_RELUS] if has_float8(read_graph(path)) else []
+        disabled = NOT_FOR_FP8 if has_float8(read_graph(path)) else ()
         providers = [(self.provider, dict(self.provider_options))]
         try:
             session = ort.InferenceSession(
-                path, options, providers=providers, disabled_optimizers=disabled
+                path, options, providers=providers, disabled_optimizers=list(disabled)
             )
         except Exception as error:  # onnxruntime raises one private class per status code
             reason = str(error).strip().splitlines()[0]
@@ -152,7 +154,7 @@ class _Session:
             reason = str(error).strip().splitlines()[0]
             raise BuildError(f"onnxruntime cannot run the graph: {reason}") from error
         kinds = [output.type for output in self.session.get_outputs()]
-        read = [_as_float8(*pair) for pair in zip(found, kinds, strict=True)]
+        read = [as_float8(*pair) for pair in zip(found, kinds, strict=True)]
         return dict(zip(names, read, strict=True))
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
@@ -173,7 +175,7 @@ class _Session:
         }
 
 
-def _as_float8(value: Any, kind: str) -> Any:
+def as_float8(value: Any, kind: str) -> Any:
     """Return a tensor as numbers: onnxruntime hands FP8 over as the bytes that hold it."""
     import onnx
 

@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     import onnx
 
 LIMIT = 4.0
+_UNREADABLE = {BFLOAT16, 18, 19, 20}  # onnx.TensorProto: FLOAT8E4M3FNUZ, E5M2, E5M2FNUZ
 _SMALLEST = 2.0**-149  # float32's smallest number: no error is taken for smaller than that
 
 
 def expose(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of a graph that gives every tensor it computes, beside its outputs.
 
-    But for those in bfloat16, which numpy has not, so that a runtime could not hand them over.
+    But for those in bfloat16 or an FP8 other than E4M3, which onnxruntime cannot hand over.
     """
     import onnx
 
@@ -51,7 +52,7 @@ def expose(model: onnx.ModelProto) -> onnx.ModelProto:
     known = {value.name for value in model.graph.output}
     inferred = onnx.shape_inference.infer_shapes(model).graph
     infos = inferred.value_info
-    types = {v.name: v for v in infos if v.type.tensor_type.elem_type != BFLOAT16}
+    types = {v.name: v for v in infos if v.type.tensor_type.elem_type not in _UNREADABLE}
     for node in model.graph.node:
         for name in node.output:
             if name in types and name not in known:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 
 # With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
-# Q/DQ scales are half, or that have FP8: it is told to run their pairs as they are written.
+# Q/DQ scales are half, or that have FP8: it is told to run their pairs as they are written. Where
+# weights alone are quantised it then dequantises them once, and not in every run.
 _AS_WRITTEN = "session.disable_quant_qdq"
 # And before an FP8 quantiser it drops every ReLU, since it takes the zero point 0 for the lowest
 # number, and fails on every Clip.
@@ -72,8 +73,13 @@ class OnnxRuntime(Plugin, frozen=True):
             )
         elif has_half_scales(graph):
             notes.append(f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half")
+        if dequantised_weights(graph) and not is_quantised(graph):
+            notes.append(
+                "weights are dequantised once, when the file is loaded: the file is smaller, and "
+                "expect no gain beside that"
+            )
         if not (has_half(graph) or is_quantised(graph)):
-            return ()
+            return tuple(notes)
         executed = self._optimised(path)
         if is_quantised(graph):
             integer = sum(node.op_type in INTEGER for node in executed.node)
@@ -113,7 +119,8 @@ class OnnxRuntime(Plugin, frozen=True):
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = read_graph(path)
-        if has_half_scales(graph) or has_float8(graph):
+        alone = dequantised_weights(graph) and not is_quantised(graph)
+        if alone or has_half_scales(graph) or has_float8(graph):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 

@@ -12,6 +12,9 @@ from exporter.records import Array
 from mutation.bugs.site import DoesNotApply, Site, bug, floats, set_attribute
 
 INT8 = ("int8", "int8 around fp16")
+WEIGHTS = (*INT8, "int8-weights")
+PAIRS = (*INT8, "fp8", "fp8 around fp16")
+SCALES = (*PAIRS, "int8-weights")
 
 
 # ── Halves ──────────────────────────────────────────────────────────────────────────
@@ -76,21 +79,21 @@ def _weights(site: Site) -> onnx.NodeProto:
     return site.node("DequantizeLinear", where=lambda node: site.has(node.input[0]))
 
 
-@bug(*INT8)
+@bug(*PAIRS)
 def activation_scale_off_by_a_hundredth(site: Site) -> None:
     """A scale is a hundredth too large, on both sides of the pair: calibrated on other pictures."""
     first, _ = _quantised_activation(site)
     site.edit(first.input[1], lambda scale: scale * 1.01)
 
 
-@bug(*INT8)
+@bug(*PAIRS)
 def dequantised_with_another_scale(site: Site) -> None:
     """A scale is a hundredth too large on one side of the pair."""
     _, second = _quantised_activation(site)
     site.own(second, 1, (site.value(second.input[1]) * 1.01).astype(_kind(site, second)))
 
 
-@bug(*INT8)
+@bug(*PAIRS)
 def scale_of_the_neighbour(site: Site) -> None:
     """A tensor has the scale of the one before it."""
     found = site.nodes("QuantizeLinear")
@@ -100,7 +103,7 @@ def scale_of_the_neighbour(site: Site) -> None:
     site.put(found[place].input[1], site.value(found[place - 1].input[1]))
 
 
-@bug(*INT8)
+@bug(*PAIRS)
 def scale_of_half_the_range(site: Site) -> None:
     """A scale is half of what it should be, so that the largest values saturate."""
     first, _ = _quantised_activation(site)
@@ -121,7 +124,7 @@ def zero_point_off_by_one_on_both_sides(site: Site) -> None:
     site.edit(first.input[2], lambda zero: zero + 1)
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_zero_point_off_by_one(site: Site) -> None:
     """One channel's weights have the zero point 1."""
     node = _weights(site)
@@ -133,7 +136,7 @@ def weights_zero_point_off_by_one(site: Site) -> None:
     site.edit(node.input[2], change)
 
 
-@bug(*INT8)
+@bug(*SCALES)
 def weights_scale_off_by_one_step(site: Site) -> None:
     """One channel's scale is amax/128 where it should be amax/127."""
     node = _weights(site)
@@ -145,13 +148,13 @@ def weights_scale_off_by_one_step(site: Site) -> None:
     site.edit(node.input[1], change)
 
 
-@bug(*INT8)
+@bug(*SCALES)
 def weights_scales_for_127_and_128_steps(site: Site) -> None:
     """All of a layer's scales are amax/128 where they should be amax/127."""
     site.edit(_weights(site).input[1], lambda scale: scale * (127 / 128))
 
 
-@bug(*INT8)
+@bug(*SCALES)
 def weights_scales_swapped(site: Site) -> None:
     """Two channels have each other's scale."""
     name = _weights(site).input[1]
@@ -167,7 +170,7 @@ def weights_scales_swapped(site: Site) -> None:
     site.edit(name, change)
 
 
-@bug(*INT8)
+@bug(*SCALES)
 def scales_along_the_wrong_axis(site: Site) -> None:
     """Scales go along the input channels where a layer has as many of both."""
     square = lambda v: v.ndim > 1 and v.shape[0] == v.shape[1] > 1  # noqa: E731 - said once
@@ -195,25 +198,25 @@ def _requantised(site: Site, change: Callable[[Array], Array]) -> None:
     site.put(node.input[0], np.clip(change(weights / scale), -128, 127).astype(np.int8))
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_rounded_toward_zero(site: Site) -> None:
     """Weights are cut to integers, where they should be rounded."""
     _requantised(site, np.trunc)
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_rounded_down(site: Site) -> None:
     """Weights are rounded down, which moves every sum the same way."""
     _requantised(site, np.floor)
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_saturate_at_63(site: Site) -> None:
     """Weights have 7 bits, as processors without VNNI want them, and scales for 8."""
     _requantised(site, lambda steps: np.clip(np.rint(steps), -64, 63))
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_wrap_around(site: Site) -> None:
     """The largest weights become the smallest: 128 does not fit, and wraps to −128."""
 
@@ -224,13 +227,13 @@ def weights_wrap_around(site: Site) -> None:
     _requantised(site, change)
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def weights_of_4_bits(site: Site) -> None:
     """Weights keep the upper four of their eight bits."""
     _requantised(site, lambda steps: np.rint(steps / 16) * 16)
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def one_scale_for_all_channels(site: Site) -> None:
     """A layer's weights are quantised per tensor where they should be per channel."""
     node = _weights(site)
@@ -246,7 +249,7 @@ def one_scale_for_all_channels(site: Site) -> None:
     site.put(node.input[1], np.full_like(scale, largest))
 
 
-@bug(*INT8)
+@bug(*WEIGHTS)
 def one_integer_off_by_one(site: Site) -> None:
     """One integer weight is the next one."""
     node = _weights(site)
@@ -259,7 +262,7 @@ def one_integer_off_by_one(site: Site) -> None:
     site.edit(node.input[0], change)
 
 
-@bug(*INT8)
+@bug(*SCALES)
 def integers_of_two_channels_swapped(site: Site) -> None:
     """Two channels have each other's integers, and scales of their own."""
     name = _weights(site).input[0]
@@ -275,7 +278,7 @@ def integers_of_two_channels_swapped(site: Site) -> None:
     site.edit(name, change)
 
 
-@bug(*INT8)
+@bug(*PAIRS)
 def pair_missing(site: Site) -> None:
     """A layer reads its input as it is, unquantised."""
     first, second = _quantised_activation(site)

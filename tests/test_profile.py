@@ -314,7 +314,7 @@ def test_a_profile_that_leaves_out_what_it_must_say_is_refused(written, text, sa
         (f"{TOP}[runtime.ort_cpu]\n[precision.fp32]\n", "runtime", "ort_cpu", "'ort-cpu'"),
         (f"{TOP}[runtime._ort]\n[precision.fp32]\n", "runtime", "_ort", "ort-cpu"),
         (f"{TOP}[runtime.ort-cpu]\n[precision.int-8]\n", "precision", "int-8", "'int8'"),
-        (f"{TOP}[runtime.ort-cpu]\n[precision.fp8]\n", "precision", "fp8", "fp16, fp32, int8"),
+        (f"{TOP}[runtime.ort-cpu]\n[precision.tf32]\n", "precision", "tf32", "'fp32'"),
         (f"{TOP}[runtime.ort-cpu]\n[precision._half]\n", "precision", "_half", "fp16"),
         (f"{TOP}[runtime.ort-cpu]\n[precision.'../fp32']\n", "precision", "../fp32", "fp32"),
         (f"{TOP}{REST}[runtime.tensorrt-rtx]\ntargets = ['sm87']\n", "target", "sm87", "'sm86'"),

@@ -211,7 +211,7 @@ def with_zero_points(model: OnnxModel, folder, value: np.ndarray) -> OnnxModel:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (np.array(0, np.uint8), "is UINT8, and TensorRT takes INT8 alone"),
+        (np.array(0, np.uint8), "is UINT8, and TensorRT takes INT8 and FLOAT8E4M3FN alone"),
         (np.array(3, np.int8), "is not 0"),
     ],
 )

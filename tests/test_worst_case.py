@@ -180,6 +180,7 @@ def test_values_that_are_not_finite_are_counted_and_kept_first(graph, network):
         ("Max", {}, (torch.tensor(0.5),)),
         ("Min", {}, (torch.tensor(0.5),)),
         ("QuantizeLinear", {"to": 3}, (torch.tensor(0.01), torch.tensor(0.0))),
+        ("QuantizeLinear", {"to": 17}, (torch.tensor(0.04), torch.tensor(0.0))),
     ],
 )
 def test_leaky_operators_give_the_value_and_a_gradient_everywhere(op, attributes, more):

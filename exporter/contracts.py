@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
-from exporter.records import Array, Asked, Feed, OnnxModel, Outputs, TensorSpec
+from exporter.records import Array, Asked, Feed, OnnxModel, Outputs, Quantised, Repair, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -56,10 +57,18 @@ Statistics: TypeAlias = Mapping[str, TensorStatistics]
 
 
 class Converted(NamedTuple):
-    """A graph in its new precision, and what a reader must know of it, one sentence each."""
+    """A graph in its new precision, and what a reader must know of it, one sentence each.
+
+    ``repairs`` are the steps that were to make it better, and what each brought; ``tensors`` what
+    each quantised tensor came to; ``divisors`` what the channels of a tensor of the FP32 graph were
+    divided by, (C,), by the tensor's name.
+    """
 
     model: onnx.ModelProto
     notes: tuple[str, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+    tensors: tuple[Quantised, ...] = ()
+    divisors: Mapping[str, Array] = MappingProxyType({})
 
 
 class Precision(Protocol):

@@ -174,7 +174,9 @@ def _variants(
                 cost=count_flops(made.model),
                 notes=made.notes,
                 artefacts=artefacts,
-                losses=bench.ladder.losses(asked),
+                losses=bench.ladder.losses(asked, made.divisors),
+                repairs=made.repairs,
+                tensors=made.tensors,
             )
         )
     if len(errors) == len(job.precisions):

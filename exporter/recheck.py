@@ -162,7 +162,12 @@ def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -
     asked = bundle.ladder.ask(made.model, variant.precision)
     artefacts = tuple(_judge(bundle, artefact, asked) for artefact in variant.artefacts)
     return msgspec.structs.replace(
-        variant, artefacts=artefacts, losses=bundle.ladder.losses(asked), notes=made.notes
+        variant,
+        artefacts=artefacts,
+        losses=bundle.ladder.losses(asked, made.divisors),
+        repairs=made.repairs,
+        tensors=made.tensors,
+        notes=made.notes,
     )
 
 

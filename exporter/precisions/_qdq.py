@@ -7,7 +7,7 @@ a residual sum, so that convolution, bias, sum and ReLU can become one kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.errors import GraphError, UnknownName
@@ -70,16 +70,22 @@ class Pairs:
         graph: onnx.GraphProto,
         layers: dict[str, onnx.NodeProto],
         storage: Storage = INT8,
+        *,
+        residual: bool = True,
     ) -> None:
         self.graph, self.layers, self.storage = graph, layers, storage
         self._producer = {name: node for node in graph.node for name in node.output}
-        self._reads = dict(_reads(graph, self._producer, set(layers)))
+        self._reads = dict(_reads(graph, self._producer, set(layers), residual=residual))
         self._pairs: dict[str, list[onnx.NodeProto]] = {}
         self._weight_pairs: list[onnx.NodeProto] = []
 
     def activations(self) -> list[str]:
         """Return the tensors to quantise, in the order they are read."""
         return list(self._reads)
+
+    def sites(self) -> dict[tuple[str, int], str]:
+        """Return the tensor that is read quantised at each (node, input index)."""
+        return {(node.name, i): name for name, reads in self._reads.items() for node, i in reads}
 
     def quantise_activation(self, name: str, scale: float) -> None:
         """Add one pair behind ``name``, and let the quantised layers read it there."""
@@ -107,10 +113,11 @@ class Pairs:
         for node, index in self._reads[name]:
             node.input[index] = f"{name}_dq"
 
-    def quantise_weights(self) -> None:
+    def quantise_weights(self, given: Mapping[str, tuple[Array, Array]] | None = None) -> None:
         """Store each layer's weights quantised and dequantise them in front of it.
 
-        Weights that two layers share are stored once.
+        ``given`` has stored weights and scales by the weights' name, others are rounded to the
+        nearest. Weights that two layers share are stored once.
         """
         import onnx
 
@@ -121,7 +128,8 @@ class Pairs:
             if name not in done:
                 done.add(name)
                 original = onnx.numpy_helper.to_array(tensors[name])
-                weights, scales = quantise(original, name, self.storage)
+                rounded = quantise(original, name, self.storage)
+                weights, scales = (given or {}).get(name, rounded)
                 self._add_weights(name, weights, scales)
                 self.graph.initializer.remove(tensors[name])
             node.input[1] = f"{name}_dq"
@@ -141,6 +149,15 @@ class Pairs:
             )
         )
 
+    def replace(self, constants: Mapping[str, Array]) -> None:
+        """Put other values in place of float constants, of the same shape."""
+        import onnx
+
+        for tensor in self.graph.initializer:
+            if tensor.name in constants:
+                value = constants[tensor.name]
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+
     def write(self) -> None:
         """Put the pairs into the graph, each right behind what it reads."""
         nodes = list(self._weight_pairs)
@@ -157,7 +174,11 @@ class Pairs:
 
 
 def _reads(
-    graph: onnx.GraphProto, producer: dict[str, onnx.NodeProto], layers: set[str]
+    graph: onnx.GraphProto,
+    producer: dict[str, onnx.NodeProto],
+    layers: set[str],
+    *,
+    residual: bool,
 ) -> Iterator[tuple[str, list[tuple[onnx.NodeProto, int]]]]:
     """Yield each tensor to quantise, with the places (node, input index) that read it so."""
     depth: dict[str, int] = {value.name: 0 for value in graph.input}
@@ -168,7 +189,7 @@ def _reads(
         depth |= dict.fromkeys(node.output, 1 + max(below, default=0))
         if node.name in layers:
             readers.setdefault(node.input[0], []).append((node, 0))
-        elif node.op_type == "Add" and not constants.intersection(node.input):
+        elif residual and node.op_type == "Add" and not constants.intersection(node.input):
             main = [i for i in (0, 1) if _is_from(node.input[i], producer, layers)]
             if main:
                 through = max(main, key=lambda i: depth[node.input[i]])

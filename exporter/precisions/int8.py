@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
+from exporter.errors import GraphError
 from exporter.precisions._half import to_half
 from exporter.precisions._qdq import INT8, Pairs, activation_scale, coverage, layers_to_quantise
 from exporter.records import Array
@@ -23,20 +24,29 @@ from exporter.records import Array
 if TYPE_CHECKING:
     import onnx
 
+    from exporter.quantisation.plan import Plan
+
 
 class Int8(Plugin, frozen=True):
     """Symmetric INT8: weights per channel, activations calibrated per tensor.
 
-    ``calibrator`` is ``"max"`` or ``"percentile"`` (of magnitudes, at ``percentile`` %);
-    ``around`` is the type of what is not quantised; ``linear`` quantises linear layers too;
-    ``keep`` names layers, as in the PyTorch module, that stay in float; ``half_io`` makes input and
-    output half where ``around`` is.
+    ``calibrator`` is ``"max"``, ``"percentile"`` (of magnitudes, at ``percentile`` %), or
+    ``"auto"``: the maximum, but where another is measurably better for a tensor. ``equalise``,
+    ``rounding`` and ``bias_correction`` allow the repairs of `exporter.quantisation`, each used
+    where it measurably helps. ``around`` is the type of what is not quantised; ``linear`` quantises
+    linear layers too, ``residual`` the identity branch of a residual sum; ``keep`` names layers, as
+    in the PyTorch module, that stay in float; ``half_io`` makes input and output half where
+    ``around`` is.
     """
 
-    calibrator: Literal["max", "percentile"] = "percentile"
+    calibrator: Literal["auto", "max", "percentile"] = "auto"
     percentile: float = 99.999
+    equalise: bool = True
+    rounding: bool = True
+    bias_correction: bool = True
     around: Literal["fp32", "fp16"] = "fp32"
     linear: bool = False
+    residual: bool = True
     keep: tuple[str, ...] = ()
     half_io: bool = False
 
@@ -58,24 +68,77 @@ class Int8(Plugin, frozen=True):
     ) -> Converted:
         import onnx
 
+        layers = layers_to_quantise(model.graph, linear=self.linear, keep=self.keep)
+        sites = Pairs(model.graph, layers, INT8, residual=self.residual).sites()
+        plan = self._plan(model, sites, list(layers), statistics, samples, progress)
         quantised = onnx.ModelProto()
-        quantised.CopyFrom(model)
-        layers = layers_to_quantise(quantised.graph, linear=self.linear, keep=self.keep)
-        writer = Pairs(quantised.graph, layers, INT8)
+        quantised.CopyFrom(model if plan is None else plan.model)
+        chosen = {node.name: node for node in quantised.graph.node if node.name in layers}
+        writer = Pairs(quantised.graph, chosen, INT8, residual=self.residual)
         for name in writer.activations():
-            writer.quantise_activation(name, self._scale(name, statistics))
-        writer.quantise_weights()
+            amax = self._threshold(name, statistics) if plan is None else plan.scales[name] * 127
+            writer.quantise_activation(name, activation_scale(name, amax, INT8))
+        writer.quantise_weights(None if plan is None else plan.stored)
+        if plan is not None:
+            writer.replace(plan.biases)
         writer.write()
         notes = (coverage(model.graph, layers, INT8.name, self.around),)
+        more = () if plan is None else (plan.repairs, plan.tensors, plan.divisors)
         if self.around == "fp16":
             half = to_half(quantised, half_io=self.half_io)
-            return Converted(half.model, (*notes, *half.notes))
-        return Converted(quantised, notes)
+            return Converted(half.model, (*notes, *half.notes), *more)
+        return Converted(quantised, notes, *more)
 
-    def _scale(self, name: str, statistics: Statistics) -> float:
+    def _threshold(self, name: str, statistics: Statistics) -> float:
         seen = statistics[name]
-        amax = seen.amax if self.calibrator == "max" else seen.percentile(self.percentile)
-        return activation_scale(name, amax, INT8)
+        if self.calibrator == "percentile":
+            return seen.percentile(self.percentile)
+        return seen.amax
+
+    def _plan(
+        self,
+        model: onnx.ModelProto,
+        sites: dict[tuple[str, int], str],
+        layers: list[str],
+        statistics: Statistics,
+        samples: Array,
+        progress: Progress,
+    ) -> Plan | None:
+        """Return how to quantise with repairs, or None where nothing is to be chosen."""
+        from exporter.calibration import calibrate
+        from exporter.quantisation.network import Network
+        from exporter.quantisation.plan import ENOUGH, Switches, make_plan
+        from exporter.samples import feeds
+
+        repairs = self.equalise or self.rounding or self.bias_correction
+        if not (repairs or self.calibrator == "auto") or not sites:
+            return None
+        if len(samples) < ENOUGH:
+            raise GraphError(
+                f"{len(samples)} calibration samples are too few to choose by, {ENOUGH} are needed",
+                hint='give more, or set calibrator = "max" and equalise, rounding and '
+                "bias_correction to false",
+            )
+
+        def recalibrate(equalised: onnx.ModelProto) -> Statistics:
+            name = equalised.graph.input[0].name
+            with progress("int8: calibrate the equalised network", len(samples)) as advance:
+                return calibrate(equalised, feeds(samples, name, size=1), advance=advance)
+
+        return make_plan(
+            Network.of(model, sites, layers),
+            statistics,
+            samples,
+            Switches(
+                calibrator=self.calibrator,
+                percentile=self.percentile,
+                equalise=self.equalise,
+                rounding=self.rounding,
+                bias_correction=self.bias_correction,
+            ),
+            recalibrate=recalibrate,
+            progress=progress,
+        )
 
 
 PLUGIN = Int8

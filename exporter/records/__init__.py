@@ -20,6 +20,7 @@ from exporter.records.cost import Cost, Latency, LayerCost
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
+from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Outputs",
     "Parity",
     "ParityInputs",
+    "Quantised",
+    "Repair",
     "Report",
     "Rung",
     "Source",

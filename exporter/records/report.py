@@ -11,6 +11,7 @@ from exporter.records.cost import Cost, Latency
 from exporter.records.fidelity import LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File
 from exporter.records.quality import Parity
+from exporter.records.quantised import Quantised, Repair
 
 
 class Artefact(Found, frozen=True):
@@ -71,6 +72,7 @@ class Variant(Found, frozen=True):
 
     ``losses`` has each layer's own loss by the conversion, from inputs in FP32, in multiples of
     what the precision must lose there (above 4 it loses more, say because values are clipped).
+    ``repairs`` are what was done to lose less, ``tensors`` what each quantised one came to.
     ``refused`` says why the graph could not be stored in this precision.
     """
 
@@ -80,6 +82,8 @@ class Variant(Found, frozen=True):
     notes: tuple[str, ...] = ()
     artefacts: tuple[Artefact, ...] = ()
     losses: tuple[LayerError, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+    tensors: tuple[Quantised, ...] = ()
     refused: str | None = None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from exporter.records import Artefact, Cost, Latency, Parity, Report
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
+from exporter.renderers import _quantised as quantised
 
 
 def render(report: Report) -> str:
@@ -16,6 +17,7 @@ def render(report: Report) -> str:
         _artefacts(report),
         _ladder(report),
         _losses(report),
+        _quantised(report),
         _parity(report),
         _fold(report),
         _cost(report),
@@ -108,6 +110,33 @@ def _losses(report: Report) -> list[str]:
         "worst channel in multiples of what the precision must lose there. Well above 1 it loses "
         "more, say because values beyond the calibrated range are clipped.",
     ]
+
+
+def _quantised(report: Report) -> list[str]:
+    """Show what each repair brought, and what each tensor came to."""
+    lines: list[str] = []
+    if rows := list(quantised.repairs(report)):
+        lines += [
+            "## What each repair brought",
+            "",
+            *_table(quantised.REPAIRS, rows),
+            "",
+            "SQNR of the outputs beside the float network's, on calibration samples that the step "
+            "was not made from, with everything before it that was kept; activations and weights "
+            "quantised throughout.",
+        ]
+    for variant in quantised.quantised(report):
+        lines += [
+            *([""] if lines else []),
+            f"## What each quantised tensor came to: {variant.precision}",
+            "",
+            *_table(quantised.TENSORS, quantised.tensors(variant)),
+            "",
+            "On calibration samples. Saturated is the share of values beyond the last step; dead "
+            "channels are 0 throughout; the part in the output's error is to first order, and all "
+            "parts add up to 100 %.",
+        ]
+    return lines
 
 
 def _parity(report: Report) -> list[str]:

@@ -1,0 +1,198 @@
+"""Channel factors that make the most of one scale per tensor.
+
+A tensor of scale Δ loses Δ²/12 in each value. With channel c divided by s_c, its scale is that of
+its largest channel, and what reaches the outputs is, over the tensors t of a group and their
+readers' weights W,
+
+    Σ_t Δ_t²/12 · Σ_c G_tc s_c²  +  Σ_o δ_o²/12 · G_o · k · Σ_c P_tc / s_c²
+    Δ_t = max_c(M_tc / s_c) / 127          δ_o = max_c(|W_oc| s_c) / 127
+
+with M the largest magnitudes, P mean squares, G sensitivities (`observe`), k the taps. Both maxima
+are taken as p-norms: on inputs that calibration has not seen every channel may go further than it
+did there, and the smaller p, the fewer channels come near the limit; p → ∞ fills the range with
+every channel. For one tensor alone the minimum is s ∝ (M^p / G)^(1/(p + 2)); for a group it is the
+fixed point of the same equation, which balances what pulls each s_c down against what pulls it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exporter.emulation import Step
+from exporter.quantisation.groups import LAYERS, Groups
+from exporter.quantisation.network import Network
+from exporter.quantisation.observe import Observed
+
+if TYPE_CHECKING:
+    import onnx
+
+_FLOOR = 1e-3  # of a tensor's largest channel: what a channel that saw little may still come to
+_WEIGHTS = 0.3  # rounding to second order leaves about a third of the weights' error
+_WEIGHT_NORM = 6.0  # the weights are known, but a smooth maximum is balanced by more channels
+_STEPS = 30
+
+
+def factors(
+    network: Network, observed: Observed, peaks: Mapping[str, Tensor], groups: Groups, p: float
+) -> dict[str, Tensor]:
+    """Return s of each group, (C,) float32 with largest value 1, by the group's name.
+
+    ``peaks`` (C,) are the largest magnitudes of each tensor that is read quantised.
+    """
+    members: dict[str, list[str]] = {}
+    for name in network.tensors:
+        if (group := groups.of(name)) is not None:
+            members.setdefault(group, []).append(name)
+    found = {}
+    for group, names in members.items():
+        if all(float(peaks[name].max()) > 0 for name in names):
+            found[group] = _solve([_Tensor(network, observed, peaks, n) for n in names], p)
+    return found
+
+
+class _Tensor:
+    """One tensor's terms of the sum, in float64."""
+
+    def __init__(
+        self, network: Network, observed: Observed, peaks: Mapping[str, Tensor], name: str
+    ) -> None:
+        self.peak = peaks[name].double().clamp_min(_FLOOR * float(peaks[name].max()))
+        gain = observed.gain[name]
+        self.gain = gain + 1e-6 * gain.mean() + 1e-300
+        self.power = observed.power[name]
+        self.readers = [
+            _reader(network.emulator.constants[step.reads[1]], observed.gain_behind[step.writes[0]])
+            for step, index in network.readers(name)
+            if index == 0 and step in network.layers and step.attributes.get("group", 1) == 1
+        ]
+
+    def pulls(self, s: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """Return what grows with each s_c, and what shrinks, of the predicted error."""
+        share = (self.peak / s) ** p
+        step = share.sum() ** (2 / p)
+        grows = step * self.gain * s**2
+        shrinks = step * (self.gain * s**2).sum() * share / share.sum()
+        power, to_norm = self.power / s**2, s**_WEIGHT_NORM
+        for largest, gain in self.readers:
+            row = largest @ to_norm
+            noise = _WEIGHTS * gain * row ** (2 / _WEIGHT_NORM)
+            per_row = torch.where(row > 0, noise / row, 0.0)
+            grows = grows + (per_row @ largest) * to_norm * power.sum()
+            shrinks = shrinks + noise.sum() * power
+        return grows, shrinks
+
+
+def _solve(tensors: list[_Tensor], p: float) -> Tensor:
+    s = torch.ones_like(tensors[0].peak)
+    for _ in range(_STEPS):
+        pulls = [tensor.pulls(s, p) for tensor in tensors]
+        grows = torch.stack([grow for grow, _ in pulls]).sum(dim=0)
+        shrinks = torch.stack([shrink for _, shrink in pulls]).sum(dim=0)
+        s = s * (shrinks / grows) ** (1 / (p + 2))
+        s = s / s.max()
+    return s.float()
+
+
+def _reader(weights: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each input channel's largest weight to the power of the norm, (O, C), and k · G."""
+    rows = weights.double().abs().reshape(*weights.shape[:2], -1)
+    return rows.amax(dim=2) ** _WEIGHT_NORM, rows.shape[2] * gain
+
+
+# ── The graph, scaled ───────────────────────────────────────────────────────────────
+
+
+def equalise(
+    network: Network,
+    groups: Groups,
+    by_group: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """Return the graph with every group divided by its factors, and each tensor's divisor.
+
+    It computes the same function, up to the rounding of its float32 constants. A Clip from 0 to u
+    becomes a ReLU and a minimum with u / s_c.
+    """
+    import onnx
+
+    def divisor(tensor: str) -> Tensor | None:
+        found = by_group.get(groups.of(tensor) or "")
+        return None if found is None else found.double()
+
+    known = network.emulator.constants
+    constants: dict[str, Tensor] = {}
+    bounds: dict[str, Tensor] = {}
+    for step in network.emulator.steps:
+        inputs = network.activations(step)
+        into, behind = divisor(inputs[0]) if inputs else None, divisor(step.writes[0])
+        if step.op in LAYERS:
+            constants |= _scaled_layer(step, known, into, behind)
+        elif behind is not None and step.op in ("Add", "Clip") and len(inputs) == 1:
+            shape = (-1, *[1] * (len(shapes[step.writes[0]]) - 2))
+            if step.op == "Add":
+                name = next(n for n in step.reads if n in known)
+                constants[name] = (known[name].double().flatten() / behind).reshape(shape)
+            else:
+                bounds[step.name] = (known[step.reads[2]].double() / behind).reshape(shape)
+    scaled = onnx.ModelProto()
+    scaled.CopyFrom(network.model)
+    _replace(scaled.graph, constants)
+    _bound(scaled.graph, bounds)
+    every = [network.input, *(name for step in network.emulator.steps for name in step.writes)]
+    return scaled, {name: s.float() for name in every if name and (s := divisor(name)) is not None}
+
+
+def _scaled_layer(
+    step: Step, known: Mapping[str, Tensor], into: Tensor | None, behind: Tensor | None
+) -> dict[str, Tensor]:
+    """Return W·s_in / s_out and b / s_out, where either is scaled."""
+    if into is None and behind is None:
+        return {}
+    name = step.reads[1]
+    weights = known[name].double()
+    outputs, inputs = weights.shape[:2]
+    spatial = [1] * (weights.ndim - 2)
+    if into is not None:
+        groups = step.attributes.get("group", 1)
+        rows = into.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
+        weights = weights * rows.reshape(outputs, inputs, *spatial)
+    found = {}
+    if behind is not None:
+        weights = weights / behind.reshape(-1, 1, *spatial)
+        if len(step.reads) > 2 and step.reads[2]:
+            found[step.reads[2]] = known[step.reads[2]].double() / behind
+    return {name: weights, **found}
+
+
+def _replace(graph: onnx.GraphProto, constants: Mapping[str, Tensor]) -> None:
+    import onnx
+
+    for tensor in graph.initializer:
+        if tensor.name in constants:
+            value = constants[tensor.name].float().contiguous().numpy()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+
+
+def _bound(graph: onnx.GraphProto, bounds: Mapping[str, Tensor]) -> None:
+    """Write the Clips named as a ReLU and a minimum per channel."""
+    import onnx
+
+    nodes = []
+    for node in graph.node:
+        if node.name not in bounds:
+            nodes.append(node)
+            continue
+        bound, inner = f"{node.output[0]}_bound", f"{node.output[0]}_relu"
+        value = bounds[node.name].float().contiguous().numpy()
+        graph.initializer.append(onnx.numpy_helper.from_array(value, bound))
+        nodes += [
+            onnx.helper.make_node("Relu", [node.input[0]], [inner], f"{node.name}/Relu"),
+            onnx.helper.make_node("Min", [inner, bound], [node.output[0]], node.name),
+        ]
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)

@@ -1,0 +1,269 @@
+"""What the network does with its tensors: ranges, powers, and what an error in each would cost.
+
+Sensitivity: an error e in a tensor moves the outputs by J·e to first order, and for signs r drawn
+at random E[(rᵀJe)²] = ‖Je‖². So with g = Jᵀr, one backward pass,
+
+    ‖J·e‖² ≈ (Σ g·e)²                for an error that is known,
+           ≈ Σ_c Σ g²_c · E[e²_c]     for one that is independent from value to value (rounding)
+
+(M. Hutchinson, "A stochastic estimator of the trace", 1989). Values that are exactly 0 are stored
+exactly, so they are left out of the second. A tensor counts where it is read quantised, and there
+alone: the identity branch of a residual sum that is read in float passes no error on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exporter.contracts import Advance, Progress, silent
+from exporter.emulation import Step
+from exporter.quantisation.network import HIGH, Network, batches, fake_quantise, parts
+from exporter.records import Quantised
+
+if TYPE_CHECKING:
+    from exporter.records import Array
+
+_PROBES = 2  # signs drawn per sample
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """``peaks`` (samples, C) largest magnitude of each channel, ``power`` (C,) its mean square.
+
+    ``gain`` (C,) is Σ g² of each tensor that is read quantised, ``gain_behind`` that of what each
+    weighted layer writes; both the mean over samples.
+    """
+
+    peaks: Mapping[str, Tensor]
+    power: Mapping[str, Tensor]
+    gain: Mapping[str, Tensor]
+    gain_behind: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def observe(
+    network: Network, samples: Array, *, probed: int, progress: Progress = silent
+) -> Observed:
+    """Run the network in float on every sample, and backwards from the first ``probed``."""
+    peaks: dict[str, list[Tensor]] = {name: [] for name in network.tensors}
+    power: dict[str, Tensor] = {}
+    count = parts(len(samples))
+    with progress("int8: observe the network", count) as advance, torch.inference_mode():
+        for x in batches(samples):
+            found = network.run(x, watch=network.tensors)
+            for name in network.tensors:
+                each = _by_channel(found[name])
+                peaks[name].append(each.abs().amax(dim=2))
+                square = each.square().mean(dim=2).sum(dim=0).double() / len(samples)
+                power[name] = power[name] + square if name in power else square
+            advance()
+    probed = min(probed, len(samples))
+    with progress("int8: observe what an error costs", _PROBES * parts(probed)) as advance:
+        gain, behind = _gains(network, samples[:probed], advance)
+    return Observed(
+        peaks={name: torch.cat(found) for name, found in peaks.items()},
+        power=power,
+        gain=gain,
+        gain_behind=behind,
+        shapes=_shapes(network, samples[:1]),
+    )
+
+
+def measured_error(
+    network: Network,
+    samples: Array,
+    candidates: Mapping[str, Sequence[float]],
+    *,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Return what each candidate scale of each tensor costs alone: ‖J·e‖² by sample.
+
+    The result is (candidates, samples · probes) float64, to first order.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    count = _PROBES * parts(len(samples))
+    with progress("int8: measure every tensor's thresholds", count) as advance:
+        for values, grads in _probe(network, samples, network.tensors):
+            with torch.inference_mode():
+                for name, scales in candidates.items():
+                    rows = []
+                    for scale in scales:
+                        error = fake_quantise(values[name], scale).sub_(values[name])
+                        cost = error.mul_(grads[name]).flatten(1).sum(dim=1)
+                        rows.append(cost.double().square())
+                    found[name].append(torch.stack(rows))
+            advance()
+    return {name: torch.cat(rows, dim=1) for name, rows in found.items()}
+
+
+def describe(
+    network: Network,
+    samples: Array,
+    scales: Mapping[str, float],
+    weights: Mapping[str, Tensor],
+    steps: Mapping[str, Tensor],
+    *,
+    progress: Progress = silent,
+) -> tuple[Quantised, ...]:
+    """Return what each quantised tensor and each layer's weights came to, on the samples.
+
+    ``weights`` are the dequantised ones and ``steps`` their scales, by the weights' name.
+    """
+    outputs = [layer.writes[0] for layer in network.layers]
+    seen = {name: _Seen() for name in (*network.tensors, *outputs)}
+    inputs = [layer.reads[0] for layer in network.layers]
+    every = list(dict.fromkeys([*network.tensors, *outputs, *inputs]))
+    with progress("int8: describe every tensor", _PROBES * parts(len(samples))) as advance:
+        for values, grads in _probe(network, samples, every):
+            with torch.inference_mode():
+                for name in network.tensors:
+                    read = fake_quantise(values[name], scales[name])
+                    beyond = values[name].abs() > (HIGH + 0.5) * scales[name]
+                    seen[name].add(values[name], read, grads[name], beyond)
+                for layer in network.layers:
+                    off = network.emulator.constants[layer.reads[1]] - weights[layer.reads[1]]
+                    error = _product(network, layer, values[layer.reads[0]], off)
+                    output = values[layer.writes[0]]
+                    seen[layer.writes[0]].add(output, output - error, grads[layer.writes[0]])
+            advance()
+    total = sum(part.cost for part in seen.values()) or 1.0
+    return (
+        *(
+            Quantised(
+                name=name,
+                layers=tuple(dict.fromkeys(n for (n, _), t in network.sites.items() if t == name)),
+                is_weights=False,
+                largest=seen[name].largest,
+                scale=scales[name],
+                saturated=seen[name].saturated / max(seen[name].values, 1),
+                dead=int((seen[name].peaks == 0).sum()),
+                sqnr_db=decibels(seen[name].power, seen[name].error),
+                share=seen[name].cost / total,
+            )
+            for name in network.tensors
+        ),
+        *(
+            _weights(network, layer, weights, steps, seen[layer.writes[0]].cost / total)
+            for layer in network.layers
+        ),
+    )
+
+
+class _Seen:
+    """Sums over batches of one tensor, float and quantised."""
+
+    def __init__(self) -> None:
+        self.largest = self.power = self.error = self.cost = 0.0
+        self.saturated = self.values = 0
+        self.peaks = torch.zeros(1)
+
+    def add(self, value: Tensor, read: Tensor, grad: Tensor, beyond: Tensor | None = None) -> None:
+        error = read - value
+        self.largest = max(self.largest, float(value.abs().max()))
+        self.power += float(value.double().square().sum())
+        self.error += float(error.double().square().sum())
+        self.cost += float((error * grad).flatten(1).sum(dim=1).double().square().sum())
+        self.peaks = torch.maximum(self.peaks, _by_channel(value).abs().amax(dim=(0, 2)))
+        self.values += value.numel()
+        self.saturated += 0 if beyond is None else int(beyond.sum())
+
+
+def _product(network: Network, layer: Step, x: Tensor, weights: Tensor) -> Tensor:
+    """Return what a layer makes of x with other weights and no bias."""
+    bias = len(layer.reads) > 2 and bool(layer.reads[2])
+    zeros = torch.zeros_like(network.emulator.constants[layer.reads[2]]) if bias else None
+    return network.emulator.compute(layer, [x, weights, zeros])[layer.writes[0]]
+
+
+def _weights(
+    network: Network,
+    layer: Step,
+    weights: Mapping[str, Tensor],
+    steps: Mapping[str, Tensor],
+    share: float,
+) -> Quantised:
+    name = layer.reads[1]
+    exact = network.emulator.constants[name].double()
+    off = weights[name].double() - exact
+    return Quantised(
+        name=name,
+        layers=(layer.name,),
+        is_weights=True,
+        largest=float(exact.abs().max()),
+        scale=float(steps[name].max()),
+        saturated=0.0,
+        dead=int((exact.flatten(1).abs().amax(dim=1) == 0).sum()),
+        sqnr_db=decibels(float(exact.square().sum()), float(off.square().sum())),
+        share=share,
+    )
+
+
+def decibels(power: float, error: float) -> float | None:
+    """Return 10 log₁₀ of their ratio, None where there is no error."""
+    return 10 * math.log10(power / error) if power and error else None
+
+
+def _gains(
+    network: Network, samples: Array, advance: Advance
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    outputs = [layer.writes[0] for layer in network.layers]
+    total: dict[str, Tensor] = {}
+    count = 0
+    for values, grads in _probe(network, samples, [*network.tensors, *outputs]):
+        for name, grad in grads.items():
+            square = _by_channel(grad.square())
+            if name in network.tensors:
+                square = square * (_by_channel(values[name]) != 0)
+            part = square.sum(dim=(0, 2)).double()
+            total[name] = total[name] + part if name in total else part
+        count += len(next(iter(grads.values())))
+        advance()
+    count = max(count, 1)
+    return (
+        {name: total[name] / count for name in network.tensors},
+        {name: total[name] / count for name in outputs},
+    )
+
+
+def _probe(
+    network: Network, samples: Array, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Yield tensors and gradients of random signs of the outputs, batch by batch, probe by probe.
+
+    Of a tensor that is read quantised the gradient is that of its quantised reads alone.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    for x in batches(samples):
+        with torch.inference_mode():
+            shapes = network.run(x, watch=network.tensors)
+        leaves = {
+            name: torch.zeros(shapes[name].shape, requires_grad=True) for name in network.tensors
+        }
+        with torch.enable_grad():
+            found = network.run(x, offsets=leaves, watch=names)
+            y = found[network.output].flatten(1)
+        wanted = [leaves.get(name, found[name]) for name in names]
+        values = {name: found[name].detach() for name in names}
+        for probe in range(_PROBES):
+            signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
+            grads = torch.autograd.grad((y * signs).sum(), wanted, retain_graph=probe + 1 < _PROBES)
+            yield values, dict(zip(names, grads, strict=True))
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """Return (samples, channels, positions)."""
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def _shapes(network: Network, samples: Array) -> dict[str, tuple[int, ...]]:
+    every = [name for step in network.emulator.steps for name in step.writes if name]
+    with torch.inference_mode():
+        found = network.run(torch.from_numpy(samples), watch=[network.input, *every])
+    return {name: tuple(value.shape) for name, value in found.items()}

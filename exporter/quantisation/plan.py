@@ -1,0 +1,408 @@
+"""What is quantised how: chosen on samples that did not set the ranges it is judged with.
+
+    1. channel factors (`equalisation`)  none, or p = 4, 8; and headroom h above the ranges
+    2. thresholds, tensor by tensor      h · max, percentile, mean squared error, entropy
+    3. weights (`repair`)                rounded to the nearest step, or to second order
+    4. biases (`repair`)                 as they are, or corrected
+
+1 is chosen by cross-validation: the samples are dealt into four folds, and each fold's outputs are
+compared with the float network's under the ranges of the three others, so that what unseen inputs
+do is in the choice. 2 to 4 are judged on a quarter of the samples that 3 and 4 do not see. Nothing
+replaces the plainer form unless it is better by 0.1 dB, and below 32 samples by more than chance
+explains (one standard error of the paired differences).
+
+The samples are taken in the order of their SHA-256, so that the order they come in does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from exporter.contracts import Progress, Statistics, TensorStatistics
+from exporter.quantisation.equalisation import equalise, factors
+from exporter.quantisation.groups import Groups
+from exporter.quantisation.network import HIGH, Network, Scale
+from exporter.quantisation.observe import Observed, describe, measured_error, observe
+from exporter.quantisation.repair import Repaired, affordable, repair, rounded
+from exporter.records import Quantised, Repair
+
+if TYPE_CHECKING:
+    import onnx
+
+    from exporter.records import Array
+
+ENOUGH = 8  # samples below which nothing can be chosen by measurement
+_MOST = 256  # samples looked at: beyond, the choice does not change, and time grows
+_PROBED = 32
+_FOLDS = 4
+_CROSSED = 128  # samples that channel factors are judged on, in four folds
+_JUDGED = 64  # samples that every other choice is judged on
+_NORMS = (4.0, 8.0)
+_HEADROOM = (1.0, 1.2, 1.5)
+_FEW = 64  # samples below which headroom matters so much that every pair is tried
+_GAIN = 0.1  # dB
+_TENSOR_GAIN = 0.5  # dB
+_SOUND = 32  # samples from which the sum decides
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """What may be used: the options of the same names of `exporter.precisions.int8`."""
+
+    calibrator: Literal["auto", "max", "percentile"]
+    percentile: float
+    equalise: bool
+    rounding: bool
+    bias_correction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A float graph to be quantised, and how.
+
+    ``model`` is the FP32 graph, equalised or as it was, ``divisors`` what each of its tensors was
+    divided by, (C,); ``scales`` are the activations', ``weights`` whole numbers with ``steps`` (O,)
+    per output channel, and ``biases`` replace the graph's.
+    """
+
+    model: onnx.ModelProto
+    divisors: Mapping[str, Array]
+    scales: Mapping[str, float]
+    weights: Mapping[str, Array]
+    steps: Mapping[str, Array]
+    biases: Mapping[str, Array]
+    repairs: tuple[Repair, ...]
+    tensors: tuple[Quantised, ...]
+
+    @property
+    def stored(self) -> dict[str, tuple[Array, Array]]:
+        """Return weights and their steps, by name."""
+        return {name: (weights, self.steps[name]) for name, weights in self.weights.items()}
+
+
+def make_plan(
+    network: Network,
+    statistics: Statistics,
+    samples: Array,
+    switches: Switches,
+    *,
+    recalibrate: Callable[[onnx.ModelProto], Statistics],
+    progress: Progress,
+) -> Plan:
+    """Return the plan that is closest to the float network on samples it was not made from."""
+    chosen = _in_order(samples)
+    held, fit = chosen[::_FOLDS], chosen[[i for i in range(len(chosen)) if i % _FOLDS]]
+    judge = _Judge(held[:_JUDGED])
+    observed = observe(network, chosen, probed=_PROBED, progress=progress)
+    state = _State(network, statistics, {}, {}, 1.0)
+    state = replace(state, scales=state.largest())
+    judge.first(state)
+    if switches.equalise:
+        state = _equalised(state, observed, chosen, judge, recalibrate, progress)
+    state = _thresholds(state, switches, held[:_JUDGED], judge, progress)
+    return _repaired(state, observed, fit, switches, judge, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    network: Network
+    statistics: Statistics
+    divisors: Mapping[str, Tensor]
+    scales: Mapping[str, float]
+    headroom: float
+
+    def largest(self) -> dict[str, float]:
+        """Return the scales that hold every magnitude seen, with the headroom."""
+        tensors = self.network.tensors
+        return {name: self.headroom * self.statistics[name].amax / HIGH for name in tensors}
+
+
+class _Judge:
+    """Compares with the float network's outputs, and notes what each step brought."""
+
+    def __init__(self, samples: Array) -> None:
+        self.samples = samples
+        self.repairs: list[Repair] = []
+        self._reference = self._power = torch.empty(0)
+        self._before = torch.empty(0)
+
+    def first(self, state: _State) -> None:
+        """Judge the plain form: largest magnitudes, weights rounded to the nearest step."""
+        self._reference = state.network.outputs(self.samples)
+        self._power = self._reference.square().sum()
+        self._before = self.errors(state.network, state.scales, _nearest(state.network))
+        self.repairs.append(Repair("max", None, True, self.decibels(self._before)))
+
+    def errors(
+        self, network: Network, scales: Mapping[str, Scale], weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return ‖ŷ − y‖² of each sample."""
+        outputs = network.outputs(self.samples, scales, weights)
+        return (outputs - self._reference).square().sum(dim=1)
+
+    def takes(self, name: str, detail: str | None, errors: Tensor) -> bool:
+        """Note a step, and return whether it is better than the one before."""
+        kept = is_better(errors, self._before)
+        self.repairs.append(Repair(name, detail, kept, self.decibels(errors)))
+        if kept:
+            self._before = errors
+        return kept
+
+    def skips(self, name: str, detail: str) -> None:
+        """Note a step that was not tried, and why."""
+        self.repairs.append(Repair(name, detail, False, None))
+
+    def decibels(self, errors: Tensor) -> float:
+        total = float(errors.sum())
+        return float(10 * torch.log10(self._power / total)) if total else float("inf")
+
+
+def gain(errors: Tensor, before: Tensor) -> float:
+    """Return by how many dB the errors are smaller, half of it over all, half sample by sample.
+
+    A few samples, those that reach beyond the ranges, make most of the sum; the mean of the ratios
+    says more about the rest.
+    """
+    tiny = torch.finfo(errors.dtype).tiny
+    ratios = 10 * torch.log10(before.clamp_min(tiny) / errors.clamp_min(tiny))
+    total = 10 * torch.log10(before.sum().clamp_min(tiny) / errors.sum().clamp_min(tiny))
+    return float(total + ratios.mean()) / 2
+
+
+def is_better(errors: Tensor, before: Tensor) -> bool:
+    """Return whether the errors are smaller, and with few samples by more than chance explains."""
+    if gain(errors, before) < _GAIN:
+        return False
+    if len(errors) >= _SOUND:
+        return True
+    gained = before - errors
+    return len(gained) > 1 and float(gained.mean()) > float(gained.std() / len(gained) ** 0.5)
+
+
+def _costs_less(errors: Tensor, before: Tensor) -> bool:
+    """Return whether a tensor's own error is smaller by far: one of many would be by chance."""
+    gained = before - errors
+    noise = float(gained.std()) / len(gained) ** 0.5
+    return gain(errors, before) > _TENSOR_GAIN and float(gained.mean()) > 2 * noise
+
+
+# ── Channel factors ─────────────────────────────────────────────────────────────────
+
+
+def _equalised(
+    state: _State,
+    observed: Observed,
+    samples: Array,
+    judge: _Judge,
+    recalibrate: Callable[[onnx.ModelProto], Statistics],
+    progress: Progress,
+) -> _State:
+    network = state.network
+    groups = Groups.find(network, observed.shapes)
+    if not any(groups.of(name) for name in network.tensors):
+        judge.skips("equalise", "no tensor can be scaled by channel")
+        return state
+    folds = _Folds(network, observed, samples, groups)
+    norm, headroom = folds.best(progress)
+    if norm is None and headroom == 1:
+        judge.skips("equalise", "no factors were better on the folds they were not taken from")
+        return state
+    detail = f"headroom {headroom:g}"
+    divisors: dict[str, Tensor] = {}
+    if norm is not None:
+        peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
+        by_group = factors(network, observed, peaks, groups, norm)
+        model, divisors = equalise(network, groups, by_group, observed.shapes)
+        statistics = recalibrate(model)
+        names = [layer.name for layer in network.layers]
+        network = Network.of(model, network.sites, names)
+        detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
+    else:
+        statistics = state.statistics
+    new = _State(network, statistics, divisors, {}, headroom)
+    new = replace(new, scales=new.largest())
+    taken = judge.takes("equalise", detail, judge.errors(network, new.scales, _nearest(network)))
+    return new if taken else state
+
+
+@dataclass(frozen=True, slots=True)
+class _Folds:
+    """Ranges from three quarters of the samples, errors on the fourth, in turn."""
+
+    network: Network
+    observed: Observed
+    samples: Array
+    groups: Groups
+
+    def best(self, progress: Progress) -> tuple[float | None, float]:
+        """Return the norm and the headroom of the smallest error, or None and 1."""
+        few = len(self.samples) < _FEW
+        count = len(_HEADROOM) * (1 + len(_NORMS)) if few else len(_NORMS) + len(_HEADROOM)
+        with progress("int8: cross-validate channel factors", count) as advance:
+            plain = self._errors(None, 1.0)
+            advance()
+            pairs = [(p, h) for p in (None, *_NORMS) for h in _HEADROOM if p or h > 1]
+            tried = {pair: self._errors(*pair) for pair in self._told(pairs, few, advance)}
+            if not few:
+                norm = max(tried, key=lambda pair: gain(tried[pair], plain))[0]
+                norm = norm if gain(tried[norm, 1.0], plain) > 0 else None
+                for headroom in _HEADROOM[1:]:
+                    tried[norm, headroom] = self._errors(norm, headroom)
+                    advance()
+        best = max(tried, key=lambda pair: gain(tried[pair], plain))
+        return best if is_better(tried[best], plain) else (None, 1.0)
+
+    def _told(
+        self,
+        pairs: Sequence[tuple[float | None, float]],
+        few: bool,
+        advance: Callable[[], object],
+    ) -> Iterator[tuple[float | None, float]]:
+        for pair in pairs:
+            if few or pair[1] == 1:
+                yield pair
+                advance()
+
+    def _errors(self, norm: float | None, headroom: float) -> Tensor:
+        """Return ‖ŷ − y‖² of each fold's samples, with activations quantised and weights not."""
+        found = []
+        for fold in range(_FOLDS):
+            samples = self.samples[fold::_FOLDS][: _CROSSED // _FOLDS]
+            others = [i for i in range(len(self.samples)) if i % _FOLDS != fold]
+            peaks = {name: p[others].amax(dim=0) for name, p in self.observed.peaks.items()}
+            scales = self._scales(peaks, norm, headroom)
+            outputs = self.network.outputs(samples, scales)
+            found.append((outputs - self.network.outputs(samples)).square().sum(dim=1))
+        return torch.cat(found)
+
+    def _scales(
+        self, peaks: Mapping[str, Tensor], norm: float | None, headroom: float
+    ) -> dict[str, Scale]:
+        """Return scales by channel: x / s in steps of Δ is x in steps of Δ · s."""
+        by_group = {}
+        if norm is not None:
+            by_group = factors(self.network, self.observed, peaks, self.groups, norm)
+        found: dict[str, Scale] = {}
+        for name in self.network.tensors:
+            divisor = by_group.get(self.groups.of(name) or "")
+            if divisor is None:
+                found[name] = headroom * float(peaks[name].max()) / HIGH
+                continue
+            shape = (-1, *[1] * (len(self.observed.shapes[name]) - 2))
+            step = headroom * float((peaks[name] / divisor).max()) / HIGH
+            found[name] = (step * divisor).reshape(shape)
+        return found
+
+
+# ── Thresholds ──────────────────────────────────────────────────────────────────────
+
+
+def _thresholds(
+    state: _State, switches: Switches, samples: Array, judge: _Judge, progress: Progress
+) -> _State:
+    """Return the state with the thresholds asked for, or each tensor's cheapest."""
+    calibrators: dict[str, Callable[[TensorStatistics], float]] = {
+        "percentile": lambda seen: seen.percentile(switches.percentile),
+    }
+    names = list(calibrators)
+    candidates = {
+        tensor: [
+            state.scales[tensor],
+            *(find(state.statistics[tensor]) / HIGH for find in calibrators.values()),
+        ]
+        for tensor in state.network.tensors
+    }
+    if switches.calibrator == "max":
+        return state
+    if switches.calibrator == "percentile":
+        return replace(state, scales={name: scales[1] for name, scales in candidates.items()})
+    scales, changed = dict(state.scales), []
+    errors = measured_error(state.network, samples, candidates, progress=progress)
+    for tensor, rows in errors.items():
+        best = int(rows.mean(dim=1).argmin())
+        if best and _costs_less(rows[best], rows[0]):
+            scales[tensor] = candidates[tensor][best]
+            changed.append(f"{names[best - 1]} for {tensor}")
+    if not changed:
+        judge.skips("thresholds", "the largest magnitude is best for every tensor")
+        return state
+    now = judge.errors(state.network, scales, _nearest(state.network))
+    taken = judge.takes("thresholds", ", ".join(changed), now)
+    return replace(state, scales=scales) if taken else state
+
+
+# ── Weights and biases ──────────────────────────────────────────────────────────────
+
+
+def _repaired(
+    state: _State,
+    observed: Observed,
+    samples: Array,
+    switches: Switches,
+    judge: _Judge,
+    progress: Progress,
+) -> Plan:
+    network = state.network
+    samples = samples[: affordable(observed.shapes)]
+    found = rounded(network)
+
+    def attempt(what: str, *, rounding: bool) -> Repaired:
+        with progress(f"int8: {what}", len(network.layers)) as advance:
+            return repair(network, state.scales, samples, rounding=rounding, advance=advance)
+
+    def takes(name: str, made: Repaired, *, biases: bool) -> bool:
+        errors = judge.errors(network, state.scales, made.constants(biases=biases))
+        return judge.takes(name, f"on {len(samples)} samples", errors)
+
+    if switches.rounding:
+        made = attempt("round weights to second order", rounding=True)
+        if takes("rounding", made, biases=False):
+            found = made
+        if switches.bias_correction and takes("bias correction", made, biases=True):
+            return _plan(state, made, judge, progress, biases=True)
+    if switches.bias_correction and not found.biases:
+        made = attempt("correct biases", rounding=False)
+        if takes("bias correction alone", made, biases=True):
+            return _plan(state, made, judge, progress, biases=True)
+    return _plan(state, found, judge, progress, biases=False)
+
+
+def _plan(
+    state: _State, found: Repaired, judge: _Judge, progress: Progress, *, biases: bool
+) -> Plan:
+    import numpy as np
+
+    tensors = describe(
+        state.network,
+        judge.samples[:_PROBED],
+        state.scales,
+        found.constants(biases=False),
+        found.scales,
+        progress=progress,
+    )
+    return Plan(
+        model=state.network.model,
+        divisors={name: s.numpy() for name, s in state.divisors.items()},
+        scales=state.scales,
+        weights={name: w.numpy().astype(np.int8) for name, w in found.whole.items()},
+        steps={name: s[:, 0].numpy() for name, s in found.scales.items()},
+        biases={n: b.numpy() for n, b in found.biases.items()} if biases else {},
+        repairs=tuple(judge.repairs),
+        tensors=tensors,
+    )
+
+
+def _nearest(network: Network) -> dict[str, Tensor]:
+    return rounded(network).constants(biases=False)
+
+
+def _in_order(samples: Array) -> Array:
+    """Return at most 256 samples in the order of their SHA-256."""
+    digests = [hashlib.sha256(sample.tobytes()).digest() for sample in samples]
+    return samples[sorted(range(len(samples)), key=digests.__getitem__)[:_MOST]]

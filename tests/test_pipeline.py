@@ -184,13 +184,35 @@ def test_a_missed_gate_is_data_until_someone_asks_for_an_exception(
     assert "sqnr_db" in written["failures"][0]
 
 
-def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
-    tiny_module, quick_profile, tmp_path, monkeypatch
+def test_a_layer_that_leaves_halfs_range_stays_in_fp32_and_the_report_says_why(
+    tiny_module, quick_profile, tmp_path
 ):
     state = {key: value.clone() for key, value in tiny_module.state_dict().items()}
     state["block2.0.bn1.weight"][0] = 1e8  # folded, this weight leaves half precision's range
     save_file(state, tmp_path / "huge.safetensors")
-    profile = quick_profile.only(("fp32", "fp16"))
+    report = exporter.run(
+        TinyModel(),
+        quick_profile.only(("fp16",)),
+        tmp_path / "out",
+        weights=tmp_path / "huge.safetensors",
+    )
+    (variant,) = report.variants
+    (note,) = [note for note in variant.notes if "'block2.0.conv1.weight'" in note]
+    assert note.startswith("in FP32: block2.0.conv1: ")
+    assert "values are beyond 65504, up to " in note
+    (artefact,) = [a for a in report.artefacts if a.name == "fp16 on ort-cpu"]
+    assert artefact.rung.fidelity.verdict == "pass"
+
+
+def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
+    tiny_module, quick_profile, tmp_path
+):
+    state = {key: value.clone() for key, value in tiny_module.state_dict().items()}
+    for part in ("weight", "bias"):  # the outputs leave half precision's range
+        state[f"block4.2.{part}"] *= 1e6
+    save_file(state, tmp_path / "huge.safetensors")
+    options = {"precision.fp16.options": {"half_io": True}}
+    profile = load_profile("default", options).only(("fp32", "fp16"))
     report = exporter.run(
         TinyModel(), profile, tmp_path / "out", weights=tmp_path / "huge.safetensors"
     )
@@ -199,8 +221,8 @@ def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
     assert "fp16 on ort-cpu" not in verdicts
     assert report.verdict == "fail"
     (failure,) = report.failures
-    assert failure.startswith("fp16: 'block2.0.conv1.weight' does not fit FP16: ")
-    assert failure.endswith("(export this network in fp32)")
+    assert failure.startswith("fp16: the output cannot be FP16: 'logits' reaches ")
+    assert failure.endswith("(leave out half_io)")
     assert not (tmp_path / "out/tinymodel.fp16.onnx").exists()
 
 

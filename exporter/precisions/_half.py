@@ -70,16 +70,13 @@ def to_half(
     for index in kept:
         regions.force(index)
     regions.grow()
+    kept_notes = _of_kept(floats.graph, kept, regions.joined)
+    other_notes = (*_of_sums(floats, regions, half, margin), *_of_unknown(floats, statistics))
     writer = Writer(written.graph, regions, half)
     writer.write()
-    notes = (
-        *_of_kept(floats.graph, kept, regions.joined),
-        *moved.notes,
-        *_of_constants(writer, half),
-        *_of_sums(floats, regions, half, margin),
-        *_of_unknown(floats, statistics),
+    return Converted(
+        written, (*kept_notes, *moved.notes, *_of_constants(writer, half), *other_notes)
     )
-    return Converted(written, notes)
 
 
 def check_margin(margin: float) -> None:

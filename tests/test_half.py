@@ -220,8 +220,13 @@ PLANTED = [
     (subnormal, {"1"}, 3, ["1: a channel loses bits", "moves the outputs by "]),
     (affine, {"1/Mul", "2/Relu", "3"}, 4, ["8 of '1.weight''s values are beyond 65504, up to 1e+"]),
     (output, {"6"}, 2, ["'y' reaches", "beyond 65504"]),
-    (softmax, {"6", "7/Softmax"}, 2, ["where half is off by 4.9, and Softmax with it"]),
-    (norm, {"3/Mul", "3/Sqrt", "3/Div"}, 4, ["below FP16's normal range", "Div needs them"]),
+    (
+        softmax,
+        {"6", "7/Softmax"},
+        2,
+        ["where half is off by 4.9, and Softmax by a factor of exp 4.9"],
+    ),
+    (norm, {"3/Mul", "3/Sqrt", "3/Div"}, 4, ["below FP16's normal range", "and Div needs it"]),
 ]
 
 
@@ -304,6 +309,24 @@ def test_the_same_graph_gives_the_same_bytes():
     graph, _ = exported(weight)
     twice = [convert("fp16", graph).model.SerializeToString() for _ in range(2)]
     assert twice[0] == twice[1]
+
+
+def between() -> list[nn.Module]:
+    """Two nodes without weights between two layers, neither of which a layer could fuse with."""
+    layers = plain()
+    return [layers[0], Scaled(*[2.0] * 8), nn.MaxPool2d(2), *layers[2:]]
+
+
+def test_what_stands_between_layers_in_fp32_joins_them_where_that_saves_casts():
+    graph, want = exported(between)
+    made = convert("fp16", graph, keep=["0", "3"])
+    assert in_single(made.model) == {"0", "1/Mul", "2/MaxPool", "3", "4/Relu"}
+    assert "in FP32 with them: 1/Mul, 2/MaxPool, 4/Relu: that saves casts" in made.notes
+    assert casts(made.model) == 2
+    assert off(run(made.model)["y"], want) < 2e-3
+    apart = convert("fp16", graph, keep=["0", "7"])
+    assert in_single(apart.model) == {"0", "7"}
+    assert casts(apart.model) == 2
 
 
 # ── Where the limit lies ────────────────────────────────────────────────────────────
@@ -545,6 +568,18 @@ def test_what_an_operator_does_may_keep_it_in_fp32(op, amax, kept):
     assert casts(made.model) == (0 if kept else 2)
 
 
+def test_what_an_operator_takes_in_fp32_alone_is_computed_in_fp32():
+    model = one("Resize", "", "s", constants={"two": np.float32([1, 1, 1, 1])}, mode="nearest")
+    model.graph.node.insert(0, node("Add", ["two", "z"], ["s"], "scales/Add"))
+    model.graph.node.insert(0, node("Cast", ["k"], ["z"], "scales/Cast", to=TensorProto.FLOAT))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 1, 1]), "k"))
+    x = np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32)
+    made = convert("fp16", model, {"x": Seen(4.0), "y": Seen(4.0)})
+    assert {"scales/Add"} == in_single(made.model) - {"one/Resize"}
+    got = run(made.model, x)["y"]
+    assert np.array_equal(got, x.astype(np.float16).repeat(2, axis=2).repeat(2, axis=3))
+
+
 def test_casts_of_the_graph_itself_are_kept_and_only_those_to_float_become_half():
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
@@ -633,34 +668,68 @@ def test_half_io_and_an_fp32_region_go_together():
 # ── Around INT8 ─────────────────────────────────────────────────────────────────────
 
 
-def test_a_layer_with_a_scale_below_halfs_range_stays_fp32_with_its_pairs_around_int8():
-    graph, _ = exported(plain)
+class Whole(NamedTuple):
+    amax: float
+
+    def percentile(self, percent):
+        return self.amax
+
+
+@cache
+def with_a_small_scale() -> onnx.ModelProto:
+    """The plain network with a filter of 1e-4, whose scale will be 1e-6."""
     small = onnx.ModelProto()
-    small.CopyFrom(graph)
+    small.CopyFrom(exported(plain)[0])
     for tensor in small.graph.initializer:
         if tensor.name == "2.weight":
             values = numpy_helper.to_array(tensor).copy()
-            values[0] *= 1e-3  # its scale: 1e-6
+            values[0] *= 1e-3
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return small
 
-    class Whole(NamedTuple):
-        amax: float
 
-        def percentile(self, percent):
-            return self.amax
-
+def around_int8():
+    small = with_a_small_scale()
     seen = {name: Whole(found.amax) for name, found in ranges(small).items()}
-    made = convert("int8", small, seen, around="fp16")
+    return convert("int8", small, seen, around="fp16")
+
+
+def test_a_layer_with_a_scale_below_halfs_range_stays_fp32_with_its_pairs_around_int8():
+    made = around_int8()
     stays = in_single(made.model)
     assert {"2", "2.weight/DequantizeLinear", "relu/DequantizeLinear"} <= stays
     assert "0" not in stays
     note = next(n for n in made.notes if "the quantisation scale '2.weight_scale'" in n)
-    assert "2.weight/DequantizeLinear" in note
+    assert note.startswith("in FP32: 2.weight/DequantizeLinear, 2: ")
     assert "below FP16's normal range (6.1e-05)" in note
     types = {t.name: t.data_type for t in made.model.graph.initializer}
     assert types["2.weight_scale"] == types["relu_scale"] == TensorProto.FLOAT
     assert types["0.weight_scale"] == TensorProto.FLOAT16
-    assert off(run(made.model)["y"], run(small)["y"].astype(np.float64)) < 0.05
+    got = run(made.model)
+    assert first_deviation(list(compare_layers(Emulator.of(made.model), got))) is None
+    assert off(got["y"], run(with_a_small_scale())["y"].astype(np.float64)) < 0.05
+
+
+@rtx
+def test_tensorrt_rtx_takes_int8_with_fp32_and_half_around_it(tmp_path):
+    path = tmp_path / "net.onnx"
+    onnx.save(around_int8().model, path)
+    runtime = plugins.load_runtime("tensorrt-rtx", {"targets": TARGETS})
+    built = runtime.build(OnnxModel(path, "int8", INPUT, OUTPUT, BATCH), tmp_path)
+    assert built.stat().st_size > 10_000
+
+
+def test_an_activation_beyond_halfs_range_keeps_its_layers_in_fp32_around_int8_too():
+    graph, want = exported(activation)
+    seen = {name: Whole(found.amax) for name, found in ranges(graph).items()}
+    quantised = plugins.load_precision("int8", {"calibrator": "max"}).convert(graph, seen, X).model
+    made = to_half(quantised, half_io=False, statistics=seen, samples=X)
+    onnx.checker.check_model(made.model, full_check=True)
+    assert {"2", "3/Relu", "relu/DequantizeLinear", "2.weight/DequantizeLinear"} <= in_single(
+        made.model
+    )
+    assert any("'conv2d_1' reaches" in note for note in made.notes)
+    assert off(run(made.model)["y"], want) < 0.05
 
 
 # ── BF16 ────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from exporter.contracts import Statistics
 
+# Inputs that stay FLOAT whatever the data's type is: https://onnx.ai/onnx/operators
+ALWAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
+
 MEANS = frozenset({"AveragePool", "GlobalAveragePool", "Mean", "ReduceMean"})
 
 # Operators whose results lie within the range of what they read.

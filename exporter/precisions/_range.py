@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from exporter.precisions._floats import FP16, MEANS, Floats, Half
+from exporter.precisions._floats import ALWAYS_FLOAT, FP16, MEANS, Floats, Half
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -76,17 +76,28 @@ def unsafe_tensors(floats: Floats, half: Half, margin: float) -> dict[str, str]:
                 f"{name!r} reaches {amax:.2g}, below {half.name}'s normal range ({half.normal:.2g})"
             )
     for node in floats.graph.node:
-        if (index := _NEAR_ZERO.get(node.op_type)) is not None and half.dtype == FP16.dtype:
-            if floats.activation(name := node.input[index]):
-                why = f"{name!r} may hold values so near 0 that half holds none, and "
-                found.setdefault(name, f"{why}{node.op_type} needs them")
-        elif node.op_type in _EXPONENTIALS:
-            name = node.input[0]
-            off = floats.ranges.get(name, 0.0) * half.roundoff
-            if floats.activation(name) and off > _OFF:
-                why = f"{name!r} reaches {floats.ranges[name]:.4g}, where half is off by {off:.2g}"
-                found.setdefault(name, f"{why}, and {node.op_type} with it by a factor")
+        for name, why in _unsafe_operands(floats, node, half):
+            found.setdefault(name, why)
     return found
+
+
+def _unsafe_operands(floats: Floats, node: onnx.NodeProto, half: Half) -> Iterator[tuple[str, str]]:
+    """Yield the activations that a node must not be given in half, with the reason."""
+    op = node.op_type
+    for index in ALWAYS_FLOAT.get(op, ()):
+        if index < len(node.input) and floats.activation(node.input[index]):
+            name = node.input[index]
+            yield name, f"{name!r} is read by {op}, which takes it in FP32 alone"
+    if op in _NEAR_ZERO and half.dtype == FP16.dtype:
+        name = node.input[_NEAR_ZERO[op]]
+        if floats.activation(name):
+            yield name, f"{name!r} may be so near 0 that half makes it 0, and {op} needs it"
+    if op in _EXPONENTIALS and floats.activation(node.input[0]):
+        name = node.input[0]
+        amax = floats.ranges.get(name, 0.0)
+        if (off := amax * half.roundoff) > _OFF:
+            what = f"{name!r} reaches {amax:.4g}, where half is off by {off:.2g}"
+            yield name, f"{what}, and {op} by a factor of exp {off:.2g}"
 
 
 def unsafe_node(floats: Floats, node: onnx.NodeProto, half: Half, margin: float) -> str | None:

@@ -13,15 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from exporter.precisions._floats import Floats
+from exporter.precisions._floats import ALWAYS_FLOAT, Floats
 from exporter.precisions._range import QUANTISERS
 
 if TYPE_CHECKING:
     import onnx
 
 READS_ANY = frozenset({"Cast", "Shape", "Size"})  # and so never need a cast in front of them
-# Inputs that stay FLOAT whatever the data's type is: https://onnx.ai/onnx/operators
-ALWAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _ACTIVATIONS = frozenset({
     "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Relu", "Selu",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from exporter.precisions._floats import Half
-from exporter.precisions._regions import ALWAYS_FLOAT, READS_ANY, Regions
+from exporter.precisions._floats import ALWAYS_FLOAT, Half
+from exporter.precisions._regions import READS_ANY, Regions
 
 if TYPE_CHECKING:
     import onnx

@@ -22,6 +22,7 @@ from exporter.errors import BuildError, GraphError, ProfileError, UnknownName
 from exporter.fidelity import compare_layers, expose, first_deviation
 from exporter.precisions._floats import BF16, FP16
 from exporter.precisions._half import to_half
+from exporter.precisions._range import channels
 from exporter.records import BatchRange, OnnxModel, TensorSpec
 from exporter.to_onnx import export_onnx
 
@@ -537,11 +538,34 @@ def test_a_constant_that_both_types_read_is_stored_in_both():
 def test_halves_are_rounded_to_nearest_even_as_pytorch_does(half, numpy):
     values = np.random.default_rng(1).standard_normal(10_000).astype(np.float32)
     values = np.concatenate(
-        [values, values * 1e-6, values * 1e4, np.float32([1 + 2.0**-9, 0, -0.0])]
+        [
+            values,
+            values * 1e-6,
+            values * 1e4,
+            np.float32([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 0, -0.0]),
+        ]
     )
     want = torch.from_numpy(values).to(getattr(torch, numpy))
     assert np.array_equal(half.rounded(values), want.float().numpy())
     assert np.array_equal(half.bits(values), want.view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("op", "at", "attributes", "rows"),
+    [
+        ("Gemm", 1, {"transB": 1}, [[0, 1, 2], [3, 4, 5]]),
+        ("Gemm", 1, {}, [[0, 3], [1, 4], [2, 5]]),
+        ("Gemm", 0, {}, [[0, 1, 2], [3, 4, 5]]),
+        ("MatMul", 1, {}, [[0, 3], [1, 4], [2, 5]]),
+        ("MatMul", 0, {}, [[0, 1, 2], [3, 4, 5]]),
+        ("Conv", 1, {}, [[0, 1, 2], [3, 4, 5]]),
+        ("ConvTranspose", 1, {}, [[0, 3], [1, 4], [2, 5]]),
+        ("Mul", 1, {}, [[0], [1], [2], [3], [4], [5]]),
+    ],
+)
+def test_a_factors_rows_are_what_one_output_channel_is_made_of(op, at, attributes, rows):
+    made = node(op, ["a", "b"], ["y"], **attributes)
+    assert channels(np.arange(6).reshape(2, 3), made, at).tolist() == rows
 
 
 # ── Operators ───────────────────────────────────────────────────────────────────────

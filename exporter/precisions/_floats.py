@@ -171,9 +171,9 @@ def _follows(
         return 1.0
     if node.op_type == "DequantizeLinear":
         scale, stored = constants.get(node.input[1]), constants.get(node.input[0])
-        if stored is None and node.input[0] in found:
-            return found[node.input[0]]
-        return None if scale is None else float(np.abs(scale).max()) * 128
+        if scale is None or stored is None:
+            return found.get(node.input[0])
+        return float(np.abs(scale).max()) * float(np.abs(stored.astype(np.float32)).max())
     if node.op_type not in _WITHIN:
         return None
     read = node.input[:1] if node.op_type == "QuantizeLinear" else node.input

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import onnx
 
 MARGIN = 2.0
+SMALLEST_NORMAL = FP16.normal
 
 
 def to_half(

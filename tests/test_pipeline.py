@@ -184,23 +184,39 @@ def test_a_missed_gate_is_data_until_someone_asks_for_an_exception(
     assert "sqnr_db" in written["failures"][0]
 
 
-def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
-    tiny_module, quick_profile, tmp_path, monkeypatch
+def test_a_layer_that_leaves_halfs_range_stays_in_fp32_and_the_report_says_why(
+    tiny_module, quick_profile, tmp_path
 ):
     state = {key: value.clone() for key, value in tiny_module.state_dict().items()}
     state["block2.0.bn1.weight"][0] = 1e8  # folded, this weight leaves half precision's range
     save_file(state, tmp_path / "huge.safetensors")
-    profile = quick_profile.only(("fp32", "fp16"))
     report = exporter.run(
-        TinyModel(), profile, tmp_path / "out", weights=tmp_path / "huge.safetensors"
+        TinyModel(),
+        quick_profile.only(("fp16",)),
+        tmp_path / "out",
+        weights=tmp_path / "huge.safetensors",
     )
+    (variant,) = report.variants
+    (note,) = [note for note in variant.notes if "'block2.0.conv1.weight'" in note]
+    assert note.startswith("in FP32: block2.0.conv1: ")
+    assert "values are beyond 65504, up to " in note
+    (artefact,) = [a for a in report.artefacts if a.name == "fp16 on ort-cpu"]
+    assert artefact.rung.fidelity.verdict == "pass"
+
+
+def test_a_precision_that_cannot_be_made_fails_and_costs_the_others_nothing(
+    tiny_model, quick_profile, tmp_path, monkeypatch
+):
+    def refuse(*given, **options):
+        raise GraphError("no half today", hint="leave it out")
+
+    monkeypatch.setattr("exporter.precisions.fp16.to_half", refuse)
+    report = exporter.run(tiny_model, quick_profile.only(("fp32", "fp16")), tmp_path / "out")
     verdicts = {a.name: a.verdict for a in report.artefacts}
     assert verdicts["fp32 on ort-cpu"] == "pass"
     assert "fp16 on ort-cpu" not in verdicts
     assert report.verdict == "fail"
-    (failure,) = report.failures
-    assert failure.startswith("fp16: 'block2.0.conv1.weight' does not fit FP16: ")
-    assert failure.endswith("(export this network in fp32)")
+    assert report.failures == ("fp16: no half today (leave it out)",)
     assert not (tmp_path / "out/tinymodel.fp16.onnx").exists()
 
 

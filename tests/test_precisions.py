@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -114,21 +116,44 @@ def one_conv(weight: float) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
 
 
+class Reached(NamedTuple):
+    """A tensor's range."""
+
+    amax: float
+
+    def percentile(self, percent):
+        return self.amax
+
+
+def reached(**amax: float) -> dict[str, Reached]:
+    return {name: Reached(value) for name, value in amax.items()}
+
+
 @pytest.mark.parametrize("weight", [65520.0, -1e6, 3e38])
-def test_a_weight_beyond_half_is_refused_by_name_and_never_clamped(weight):
-    with pytest.raises(GraphError, match=r"'w' does not fit FP16: 1 values are beyond 65504"):
-        convert("fp16", one_conv(weight), {})
+def test_a_weight_beyond_half_stays_in_fp32_by_name_and_is_never_clamped(weight):
+    made = convert("fp16", one_conv(weight), reached(input=1.0, logits=1.0))
+    assert made.notes == (
+        f"in FP32: conv: 1 of 'w''s values are beyond 65504, up to {abs(weight):.4g}",
+    )
+    stored = constants(made.model)["w"]
+    assert stored.dtype == np.float32
+    assert stored.flat[0] == np.float32(weight)
 
 
-def test_the_largest_half_is_not_refused():
-    assert constants(convert("fp16", one_conv(65504.0), {}).model)["w"].flat[0] == 65504.0
+def test_the_largest_half_stays_in_no_fp32():
+    made = convert("fp16", one_conv(65504.0), reached(input=0.1, logits=1.0), margin=1.0)
+    assert constants(made.model)["w"].dtype == np.float16
+    assert constants(made.model)["w"].flat[0] == 65504.0
 
 
 def test_weights_below_halfs_range_are_counted_in_a_note():
-    assert convert("fp16", one_conv(1e-6), {}).notes == (
+    small = one_conv(1e-3)
+    bias = next(tensor for tensor in small.graph.initializer if tensor.name == "b")
+    bias.CopyFrom(numpy_helper.from_array(np.array([1e-6, 0.5], np.float32), "b"))
+    assert convert("fp16", small, reached(input=1.0, logits=1.0)).notes == (
         "1 of 4 constants lie below half's normal range (6.1e-05) and lose precision",
     )
-    assert convert("fp16", one_conv(1e-3), {}).notes == ()
+    assert convert("fp16", one_conv(1e-3), reached(input=1.0, logits=1.0)).notes == ()
 
 
 # ── INT8 ────────────────────────────────────────────────────────────────────────────
@@ -254,13 +279,15 @@ def test_fp16_around_int8_leaves_no_float32_inside(graph, statistics, images):
     assert sqnr(run(model, images), run(graph, images)) > 25
 
 
-def test_a_scale_below_halfs_normal_range_is_refused_by_name(statistics):
+def test_a_scale_below_halfs_normal_range_keeps_its_layer_in_fp32(statistics):
     tiny = one_conv(1.0)
     tiny.graph.initializer[0].CopyFrom(
         numpy_helper.from_array(np.array([1e-3, 1], np.float32).reshape(2, 1, 1, 1), "w")
     )
-    with pytest.raises(GraphError, match=r"'w_scale' does not fit FP16: a quantisation scale"):
-        convert("int8", tiny, {"input": statistics["input"]}, around="fp16")
+    made = convert("int8", tiny, {"input": statistics["input"]}, around="fp16")
+    assert constants(made.model)["w_scale"].dtype == np.float32
+    (note,) = [note for note in made.notes if "'w_scale'" in note]
+    assert note.startswith("in FP32: w/DequantizeLinear, conv: the quantisation scale 'w_scale'")
 
 
 def test_a_dead_weight_channel_gets_a_scale_that_is_finite_and_positive(statistics):

@@ -431,7 +431,7 @@ def test_calibration_data_for_a_bundle_that_had_none_is_refused(check, copied):
 def test_a_precision_that_can_no_longer_be_made_shows_no_old_figures(check, copied, monkeypatch):
     from exporter.precisions.fp16 import Fp16
 
-    def fail(self, model, statistics):
+    def fail(self, model, statistics, samples, *, progress):
         raise GraphError("no half today")
 
     monkeypatch.setattr(Fp16, "convert", fail)

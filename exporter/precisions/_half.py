@@ -1,137 +1,211 @@
-"""Every FLOAT of a graph as FLOAT16, and nothing clamped in silence.
+"""A graph in a 16-bit float, and in FP32 where that float's range does not do. Nothing is clamped.
 
-A float16 holds magnitudes up to 65504 and, at full precision, down to 2⁻¹⁴ ≈ 6.1e-5. A weight above
-that range would become infinite (converters that clamp it to 65504 compute another network), so it
-is refused; weights below the range lose bits or vanish, and are counted in a note.
+`_floats` knows the values, `_range` finds what leaves half's range, `_losses` measures what small
+weights cost, `_regions` decides which nodes stay in FP32 for it, and `_writing` writes the graph:
+constants in the type of what reads them, and a Cast wherever the type changes. Every node that
+stays is named in a note, with the reason and the figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from exporter.contracts import Converted
-from exporter.errors import GraphError
+from exporter.contracts import Converted, Statistics
+from exporter.errors import GraphError, UnknownName
+from exporter.precisions._floats import FP16, Floats, Half
+from exporter.precisions._losses import outputs_moved
+from exporter.precisions._range import (
+    QUANTISERS,
+    long_sums,
+    lossy_factors,
+    unsafe_node,
+    unsafe_tensors,
+)
+from exporter.precisions._regions import Regions
+from exporter.precisions._writing import Writer
+from exporter.records import Array
 
 if TYPE_CHECKING:
     import onnx
 
-LARGEST = 65504.0
-SMALLEST_NORMAL = 2.0**-14
-
-# Inputs that stay FLOAT whatever the data's type is: https://onnx.ai/onnx/operators
-_ALWAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
+MARGIN = 2.0
+SMALLEST_NORMAL = FP16.normal
 
 
-def to_half(model: onnx.ModelProto, *, half_io: bool) -> Converted:
+def to_half(
+    model: onnx.ModelProto,
+    *,
+    half_io: bool,
+    half: Half = FP16,
+    statistics: Statistics | None = None,
+    samples: Array | None = None,
+    margin: float = MARGIN,
+    keep: Sequence[str] = (),
+) -> Converted:
     """Return a copy whose floats are halves; with ``half_io`` its inputs and outputs are too.
 
-    Raises `GraphError` naming the first tensor with a value beyond 65504, a scale of a quantised
-    tensor below half's normal range, or an operator with a graph of its own.
+    Where ``statistics`` has no range for a tensor, and none follows from what it is made of, the
+    tensor is taken to fit, and named in a note. Without ``samples``, weights that lose bits keep
+    their layer in FP32, whether it matters or not. ``keep`` names more layers to keep.
+
+    Raises `GraphError` for an operator with a graph of its own, NaN, or an input or output that
+    does not fit where ``half_io`` is asked for; `UnknownName` for an unknown layer to keep.
     """
     import onnx
 
-    half = onnx.ModelProto()
-    half.CopyFrom(model)
-    graph = half.graph
-    del graph.value_info[:]
-    kept = _always_float(graph)
-    scales = {node.input[1] for node in graph.node if node.op_type.endswith("quantizeLinear")}
-    scales |= {node.input[1] for node in graph.node if node.op_type == "QuantizeLinear"}
-    below = total = 0
-    for tensor in graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in kept:
-            small, count = _halve(tensor, is_scale=tensor.name in scales)
-            below, total = below + small, total + count
-    for node in graph.node:
-        _halve_attributes(node)
+    written = onnx.ModelProto()
+    written.CopyFrom(model)
+    _take_constants_out(written.graph)
+    floats = Floats.of(written, statistics or {})
+    unsafe = unsafe_tensors(floats, half, margin)
     if half_io:
-        for value in (*graph.input, *graph.output):
-            if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    else:
-        _cast_at_edges(graph)
-    note = (
-        f"{below} of {total} constants lie below half's normal range (6.1e-05) and lose precision"
+        _check_io(floats.graph, unsafe, half)
+    regions = Regions(floats, half_io)
+    kept = dict.fromkeys(_to_keep(floats.graph, keep), "as asked for")
+    kept = _must_stay(floats, regions, unsafe, half, margin) | kept
+    lossy = {i: names for i, names in lossy_factors(floats, half).items() if i not in kept}
+    moved = outputs_moved(written, lossy, samples, half)
+    kept |= {index: why for index, why in moved.kept.items() if index not in kept}
+    for index in kept:
+        regions.force(index)
+    regions.grow()
+    kept_notes = _of_kept(floats.graph, kept, regions.joined)
+    other_notes = (*_of_sums(floats, regions, half, margin), *_of_unknown(floats, statistics))
+    writer = Writer(written.graph, regions, half)
+    writer.write()
+    return Converted(
+        written, (*kept_notes, *moved.notes, *_of_constants(writer, half), *other_notes)
     )
-    return Converted(half, (note,) if below else ())
 
 
-def _always_float(graph: onnx.GraphProto) -> set[str]:
-    return {
-        node.input[index]
-        for node in graph.node
-        for index in _ALWAYS_FLOAT.get(node.op_type, ())
-        if index < len(node.input)
-    }
+def check_margin(margin: float) -> None:
+    """Raise `ValueError` unless activations may reach at least as far as they did."""
+    if not (math.isfinite(margin) and margin >= 1):
+        raise ValueError(f"margin must be 1 or more, found {margin}")
 
 
-def _halve(tensor: onnx.TensorProto, *, is_scale: bool) -> tuple[int, int]:
-    """Store the tensor as FLOAT16; return how many values fall below its normal range, of all."""
+def named(node: onnx.NodeProto) -> str:
+    return node.name or f"{node.op_type} of {node.output[0]}"
+
+
+# ── What stays ──────────────────────────────────────────────────────────────────────
+
+
+def _take_constants_out(graph: onnx.GraphProto) -> None:
+    """Store what Constant nodes hold with the other constants. Raises `GraphError` for graphs."""
     import numpy as np
     import onnx
 
-    values = onnx.numpy_helper.to_array(tensor)
-    magnitudes = np.abs(values)
-    if over := int((~(magnitudes < LARGEST + 16)).sum()):  # 65520 and above round to infinity
-        raise GraphError(
-            f"{tensor.name!r} does not fit FP16: {over} values are beyond {LARGEST:.0f}, "
-            f"the largest {magnitudes.max():g}",
-            hint="export this network in fp32",
-        )
-    if is_scale and magnitudes.min() < SMALLEST_NORMAL:
-        raise GraphError(
-            f"{tensor.name!r} does not fit FP16: a quantisation scale of {magnitudes.min():g} is "
-            f"below half's normal range ({SMALLEST_NORMAL:.2g})",
-            hint='set around = "fp32" for this precision',
-        )
-    name = tensor.name
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), name))
-    return int(((magnitudes < SMALLEST_NORMAL) & (magnitudes > 0)).sum()), values.size
-
-
-def _halve_attributes(node: onnx.NodeProto) -> None:
-    import onnx
-
-    for attribute in node.attribute:
-        if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
-            raise GraphError(f"{node.name!r}: {node.op_type} has a graph of its own, so it stays")
-        if attribute.type == onnx.AttributeProto.TENSOR:
-            if attribute.t.data_type == onnx.TensorProto.FLOAT:
-                _halve(attribute.t, is_scale=False)
-        elif node.op_type == "Cast" and attribute.name == "to":
-            if attribute.i == onnx.TensorProto.FLOAT:
-                attribute.i = onnx.TensorProto.FLOAT16
-        elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
-            raise GraphError(f"{node.name!r}: a Constant given as {attribute.name} is always FP32")
-
-
-def _cast_at_edges(graph: onnx.GraphProto) -> None:
-    """Cast inputs to half behind the graph's FLOAT inputs, and outputs back to FLOAT."""
-    import onnx
-
-    first, last = [], []
-    for value in graph.input:
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-            inner = f"{value.name}_half"
-            for node in graph.node:
-                _rename(node.input, value.name, inner)
-            first.append(
-                onnx.helper.make_node("Cast", [value.name], [inner], f"{value.name}/Cast", to=10)
-            )
-    for value in graph.output:
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-            inner = f"{value.name}_half"
-            for node in graph.node:
-                _rename(node.input, value.name, inner)
-                _rename(node.output, value.name, inner)
-            last.append(
-                onnx.helper.make_node("Cast", [inner], [value.name], f"{value.name}/Cast", to=1)
-            )
-    nodes = [*first, *graph.node, *last]
+    nodes = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+                raise GraphError(f"{named(node)!r}: {node.op_type} has a graph of its own")
+        held = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != "Constant" or not held.keys() & {"value", "value_float", "value_floats"}:
+            nodes.append(node)
+            continue
+        if "value" in held:
+            value = onnx.numpy_helper.to_array(held["value"].t)
+        else:
+            single = held.get("value_float")
+            value = np.array(single.f if single else held["value_floats"].floats, dtype=np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(copies)
+    del graph.value_info[:]
 
 
-def _rename(names: MutableSequence[str], old: str, new: str) -> None:
-    names[:] = [new if name == old else name for name in names]
+def _check_io(graph: onnx.GraphProto, unsafe: Mapping[str, str], half: Half) -> None:
+    for kind, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            if value.name in unsafe:
+                raise GraphError(
+                    f"the {kind} cannot be {half.name}: {unsafe[value.name]}",
+                    hint="leave out half_io",
+                )
+
+
+def _to_keep(graph: onnx.GraphProto, keep: Sequence[str]) -> list[int]:
+    """Return the nodes of the layers to keep, as a node or its PyTorch module is called."""
+    names = [{node.name, node.name.partition("/")[0]} - {""} for node in graph.node]
+    known = set().union(*names)
+    for layer in keep:
+        if layer not in known:
+            raise UnknownName("layer to keep", layer, known)
+    return [index for index, own in enumerate(names) if own.intersection(keep)]
+
+
+def _must_stay(
+    floats: Floats, regions: Regions, unsafe: Mapping[str, str], half: Half, margin: float
+) -> dict[int, str]:
+    """Return the nodes that cannot be half, with the reason: their own, or a tensor's."""
+    found: dict[int, str] = {}
+    nodes = floats.graph.node
+    for index, node in enumerate(nodes):
+        if why := unsafe_node(floats, node, half, margin):
+            found[index] = why
+            if node.op_type in QUANTISERS:
+                for other in sorted(regions.pairs[index]):
+                    found.setdefault(other, why)
+                    for reader in regions.readers.get(nodes[other].output[0], ()):
+                        found.setdefault(reader, why)
+    for index in range(len(nodes)):
+        for name in regions.tensors(index):
+            if name in unsafe:
+                found.setdefault(index, unsafe[name])
+    return dict(sorted(found.items()))
+
+
+# ── Notes ───────────────────────────────────────────────────────────────────────────
+
+
+def _of_kept(graph: onnx.GraphProto, kept: Mapping[int, str], joined: Sequence[int]) -> list[str]:
+    """Return one sentence for each reason, with all nodes that it keeps."""
+    together: dict[str, list[str]] = {}
+    for index, why in sorted(kept.items()):
+        together.setdefault(why, []).append(named(graph.node[index]))
+    notes = [f"in FP32: {', '.join(names)}: {why}" for why, names in together.items()]
+    if joined:
+        names = [named(graph.node[index]) for index in joined]
+        notes.append(f"in FP32 with them: {', '.join(names)}: that saves casts")
+    return notes
+
+
+def _of_constants(writer: Writer, half: Half) -> list[str]:
+    notes = []
+    if writer.below:
+        notes.append(
+            f"{writer.below} of {writer.total} constants lie below half's normal range "
+            f"({half.normal:.2g}) and lose precision"
+        )
+    if half.dtype != FP16.dtype and writer.total:
+        notes.append(
+            f"{half.name} keeps 8 bits of each constant, which are off by {writer.off():.2%} "
+            "altogether"
+        )
+    return notes
+
+
+def _of_sums(floats: Floats, regions: Regions, half: Half, margin: float) -> list[str]:
+    named_half = {n.name for i, n in enumerate(floats.graph.node) if i not in regions.single}
+    found = {n: most for n, most in long_sums(floats, half, margin).items() if n in named_half}
+    if not found:
+        return []
+    return [
+        f"the sums of {', '.join(found)} may reach {max(found.values()):.4g} on the way: taken to "
+        "be kept in float32, as runtimes do unless told otherwise"
+    ]
+
+
+def _of_unknown(floats: Floats, statistics: Statistics | None) -> list[str]:
+    unknown = floats.unknown()
+    if not unknown:
+        return []
+    if not statistics:
+        return ["the range of activations is not known, and was not checked"]
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return [f"not checked, since calibration gave no range: {', '.join(unknown[:5])}{more}"]

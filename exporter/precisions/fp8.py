@@ -75,7 +75,7 @@ class Fp8(Plugin, frozen=True):
         notes = (coverage(model.graph, layers, FP8.name, self.around),)
         if self.around == "fp32":
             return Converted(quantised, notes)
-        half = to_half(quantised, half_io=self.half_io)
+        half = to_half(quantised, half_io=self.half_io, statistics=statistics, samples=samples)
         return Converted(half.model, (*notes, *half.notes))
 
 

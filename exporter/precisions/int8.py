@@ -85,7 +85,12 @@ class Int8(Plugin, frozen=True):
         notes = (coverage(model.graph, layers, INT8.name, self.around),)
         more = () if plan is None else (plan.repairs, plan.tensors, plan.divisors)
         if self.around == "fp16":
-            half = to_half(quantised, half_io=self.half_io)
+            half = to_half(
+                quantised,
+                half_io=self.half_io,
+                statistics=statistics if plan is None else plan.statistics,
+                samples=samples,
+            )
             return Converted(half.model, (*notes, *half.notes), *more)
         return Converted(quantised, notes, *more)
 

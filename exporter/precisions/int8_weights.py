@@ -34,7 +34,7 @@ class Int8Weights(Plugin, frozen=True):
     keep: tuple[str, ...] = ()
     half_io: bool = False
 
-    needs_calibration: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.half_io and self.around != "fp16":
@@ -59,7 +59,7 @@ class Int8Weights(Plugin, frozen=True):
         notes = (coverage(model.graph, layers, "INT8 (weights alone)", self.around),)
         if self.around == "fp32":
             return Converted(quantised, notes)
-        half = to_half(quantised, half_io=self.half_io)
+        half = to_half(quantised, half_io=self.half_io, statistics=statistics, samples=samples)
         return Converted(half.model, (*notes, *half.notes))
 
 

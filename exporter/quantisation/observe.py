@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,13 +90,13 @@ def measured_error(
     found: dict[str, list[Tensor]] = {name: [] for name in candidates}
     count = _PROBES * parts(len(samples))
     with progress("int8: measure every tensor's thresholds", count) as advance:
-        for values, grads in _probe(network, samples, network.tensors):
+        for probe in _probe(network, samples):
             with torch.inference_mode():
                 for name, scales in candidates.items():
                     rows = []
                     for scale in scales:
-                        error = fake_quantise(values[name], scale).sub_(values[name])
-                        cost = error.mul_(grads[name]).flatten(1).sum(dim=1)
+                        error = fake_quantise(probe.values[name], scale).sub_(probe.values[name])
+                        cost = error.mul_(probe.read[name]).flatten(1).sum(dim=1)
                         rows.append(cost.double().square())
                     found[name].append(torch.stack(rows))
             advance()
@@ -116,41 +116,40 @@ def describe(
 
     ``weights`` are the dequantised ones and ``steps`` their scales, by the weights' name.
     """
-    outputs = [layer.writes[0] for layer in network.layers]
-    seen = {name: _Seen() for name in (*network.tensors, *outputs)}
-    inputs = [layer.reads[0] for layer in network.layers]
-    every = list(dict.fromkeys([*network.tensors, *outputs, *inputs]))
+    read = {name: _Seen() for name in network.tensors}
+    written = {layer.writes[0]: _Seen() for layer in network.layers}
     with progress("int8: describe every tensor", _PROBES * parts(len(samples))) as advance:
-        for values, grads in _probe(network, samples, every):
+        for probe in _probe(network, samples):
             with torch.inference_mode():
-                for name in network.tensors:
-                    read = fake_quantise(values[name], scales[name])
-                    beyond = values[name].abs() > (HIGH + 0.5) * scales[name]
-                    seen[name].add(values[name], read, grads[name], beyond)
+                for name, scale in scales.items():
+                    value = probe.values[name]
+                    beyond = value.abs() > (HIGH + 0.5) * scale
+                    read[name].add(value, fake_quantise(value, scale), probe.read[name], beyond)
                 for layer in network.layers:
-                    off = network.emulator.constants[layer.reads[1]] - weights[layer.reads[1]]
-                    error = _product(network, layer, values[layer.reads[0]], off)
-                    output = values[layer.writes[0]]
-                    seen[layer.writes[0]].add(output, output - error, grads[layer.writes[0]])
+                    name, constant = layer.writes[0], layer.reads[1]
+                    off = weights[constant] - network.emulator.constants[constant]
+                    error = _product(network, layer, probe.values[layer.reads[0]], off)
+                    value = probe.values[name]
+                    written[name].add(value, value + error, probe.written[name])
             advance()
-    total = sum(part.cost for part in seen.values()) or 1.0
+    total = sum(part.cost for part in (*read.values(), *written.values())) or 1.0
     return (
         *(
             Quantised(
                 name=name,
                 layers=tuple(dict.fromkeys(n for (n, _), t in network.sites.items() if t == name)),
                 is_weights=False,
-                largest=seen[name].largest,
+                largest=read[name].largest,
                 scale=scales[name],
-                saturated=seen[name].saturated / max(seen[name].values, 1),
-                dead=int((seen[name].peaks == 0).sum()),
-                sqnr_db=decibels(seen[name].power, seen[name].error),
-                share=seen[name].cost / total,
+                saturated=read[name].saturated / max(read[name].values, 1),
+                dead=int((read[name].peaks == 0).sum()),
+                sqnr_db=decibels(read[name].power, read[name].error),
+                share=read[name].cost / total,
             )
             for name in network.tensors
         ),
         *(
-            _weights(network, layer, weights, steps, seen[layer.writes[0]].cost / total)
+            _weights(network, layer, weights, steps, written[layer.writes[0]].cost / total)
             for layer in network.layers
         ),
     )
@@ -213,48 +212,63 @@ def decibels(power: float, error: float) -> float | None:
 def _gains(
     network: Network, samples: Array, advance: Advance
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    outputs = [layer.writes[0] for layer in network.layers]
-    total: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
     count = 0
-    for values, grads in _probe(network, samples, [*network.tensors, *outputs]):
-        for name, grad in grads.items():
-            square = _by_channel(grad.square())
-            if name in network.tensors:
-                square = square * (_by_channel(values[name]) != 0)
-            part = square.sum(dim=(0, 2)).double()
-            total[name] = total[name] + part if name in total else part
-        count += len(next(iter(grads.values())))
+    for probe in _probe(network, samples):
+        for name, grad in probe.read.items():
+            stored = _by_channel(probe.values[name]) != 0
+            _add(read, name, _by_channel(grad.square()) * stored)
+        for name, grad in probe.written.items():
+            _add(written, name, _by_channel(grad.square()))
+        count += probe.samples
         advance()
-    count = max(count, 1)
     return (
-        {name: total[name] / count for name in network.tensors},
-        {name: total[name] / count for name in outputs},
+        {name: total / count for name, total in read.items()},
+        {name: total / count for name, total in written.items()},
     )
 
 
-def _probe(
-    network: Network, samples: Array, names: Sequence[str]
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Yield tensors and gradients of random signs of the outputs, batch by batch, probe by probe.
+def _add(totals: dict[str, Tensor], name: str, each: Tensor) -> None:
+    part = each.sum(dim=(0, 2)).double()
+    totals[name] = totals[name] + part if name in totals else part
 
-    Of a tensor that is read quantised the gradient is that of its quantised reads alone.
+
+class _Probe(NamedTuple):
+    """Tensors of one batch, and the gradients of random signs of its outputs.
+
+    ``read`` are those of what is read quantised, where it is read so, ``written`` those of what
+    each weighted layer writes, wherever it is read.
     """
+
+    samples: int
+    values: dict[str, Tensor]
+    read: dict[str, Tensor]
+    written: dict[str, Tensor]
+
+
+def _probe(network: Network, samples: Array) -> Iterator[_Probe]:
+    """Yield every batch, once for each draw of signs."""
     generator = torch.Generator().manual_seed(_SEED)
+    outputs = [layer.writes[0] for layer in network.layers]
+    inputs = [layer.reads[0] for layer in network.layers]
+    watch = list(dict.fromkeys([*network.tensors, *outputs, *inputs]))
     for x in batches(samples):
         with torch.inference_mode():
-            shapes = network.run(x, watch=network.tensors)
-        leaves = {
-            name: torch.zeros(shapes[name].shape, requires_grad=True) for name in network.tensors
-        }
+            shapes = {n: v.shape for n, v in network.run(x, watch=network.tensors).items()}
+        leaves = {n: torch.zeros(shapes[n], requires_grad=True) for n in network.tensors}
         with torch.enable_grad():
-            found = network.run(x, offsets=leaves, watch=names)
+            found = network.run(x, offsets=leaves, watch=watch)
             y = found[network.output].flatten(1)
-        wanted = [leaves.get(name, found[name]) for name in names]
-        values = {name: found[name].detach() for name in names}
+        values = {name: found[name].detach() for name in watch}
+        wanted = [*leaves.values(), *(found[name] for name in outputs)]
         for probe in range(_PROBES):
             signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
-            grads = torch.autograd.grad((y * signs).sum(), wanted, retain_graph=probe + 1 < _PROBES)
-            yield values, dict(zip(names, grads, strict=True))
+            more = probe + 1 < _PROBES
+            grads = torch.autograd.grad((y * signs).sum(), wanted, retain_graph=more)
+            read = dict(zip(leaves, grads, strict=False))
+            written = dict(zip(outputs, grads[len(leaves) :], strict=True))
+            yield _Probe(len(x), values, read, written)
 
 
 def _by_channel(x: Tensor) -> Tensor:

@@ -66,12 +66,13 @@ class Switches:
 class Plan:
     """A float graph to be quantised, and how.
 
-    ``model`` is the FP32 graph, equalised or as it was, ``divisors`` what each of its tensors was
-    divided by, (C,); ``scales`` are the activations', ``weights`` whole numbers with ``steps`` (O,)
-    per output channel, and ``biases`` replace the graph's.
+    ``model`` is the FP32 graph, equalised or as it was, ``statistics`` are its own, ``divisors``
+    what each of its tensors was divided by, (C,); ``scales`` are the activations', ``weights``
+    whole numbers with ``steps`` (O,) per output channel, and ``biases`` replace the graph's.
     """
 
     model: onnx.ModelProto
+    statistics: Statistics
     divisors: Mapping[str, Array]
     scales: Mapping[str, float]
     weights: Mapping[str, Array]
@@ -388,6 +389,7 @@ def _plan(
     )
     return Plan(
         model=state.network.model,
+        statistics=state.statistics,
         divisors={name: s.numpy() for name, s in state.divisors.items()},
         scales=state.scales,
         weights={name: w.numpy().astype(np.int8) for name, w in found.whole.items()},

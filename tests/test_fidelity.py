@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from quantisation import PLAIN
 
 from exporter.emulation import Emulator
 from exporter.fidelity import (
@@ -108,7 +109,7 @@ class Seen:
 
 def quantised(**more) -> onnx.ModelProto:
     return (
-        Int8(calibrator="max", linear=True, **more)
+        Int8(linear=True, **PLAIN, **more)
         .convert(network(), {"x": Seen(3.0), "f": Seen(2.0)}, X[:0])
         .model
     )

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exporter.calibration import calibrate
-from exporter.contracts import Plugin, silent
+from exporter.contracts import Converted, Plugin, silent
 from exporter.errors import BuildError, GraphError
 from exporter.fold import fold_batchnorm
 from exporter.graphs import convert_all
@@ -60,14 +60,20 @@ def ladder(tiny_model, tmp_path_factory) -> Ladder:
 
 
 @pytest.fixture(scope="module")
-def asked(ladder) -> dict[str, Asked]:
-    """The graph asked for in each precision, and INT8 with halves around it."""
+def made(ladder) -> dict[str, Converted]:
+    """The graph in each precision, and in INT8 with halves around it."""
     job, graph = ladder.job, ladder.source.model
-    made = {name: found.model for name, found in convert_all(job, graph)}
+    made = dict(convert_all(job, graph))
     statistics = calibrate(graph, feeds(job.calibration.inputs, "input", size=1))
     around = load_precision("int8", {"around": "fp16"})
-    made["int8 in fp16"] = around.convert(graph, statistics, job.calibration.inputs).model
-    return {name: ladder.ask(model, NAME[name]) for name, model in made.items()}
+    made["int8 in fp16"] = around.convert(graph, statistics, job.calibration.inputs)
+    return made
+
+
+@pytest.fixture(scope="module")
+def asked(ladder, made) -> dict[str, Asked]:
+    """What was asked for, emulated."""
+    return {name: ladder.ask(found.model, NAME[name]) for name, found in made.items()}
 
 
 @pytest.fixture
@@ -174,20 +180,21 @@ def test_addends_may_change_places(judge, asked):
     assert judge("fp32", file).rung.fidelity.verdict == "pass"
 
 
-def test_each_weighted_layer_has_its_own_loss(ladder, asked):
+def test_each_weighted_layer_has_its_own_loss(ladder, asked, made):
     weighted = [n.name for n in ladder.source.model.graph.node if n.op_type in ("Conv", "Gemm")]
     assert ladder.losses(ladder.source) == ()
     for name in ("fp16", "int8", "int8 in fp16"):
-        losses = ladder.losses(asked[name])
+        losses = ladder.losses(asked[name], made[name].divisors)
         assert [loss.layer for loss in losses] == weighted
         assert all(loss.multiple < 4 for loss in losses)
-    assert max(loss.relative for loss in ladder.losses(asked["int8"])) > 1e-3
+    int8 = ladder.losses(asked["int8"], made["int8"].divisors)
+    assert max(loss.relative for loss in int8) > 1e-3
 
 
-def test_a_scale_that_clips_most_values_is_a_loss_in_its_layer(ladder, asked):
+def test_a_scale_that_clips_most_values_is_a_loss_in_its_layer(ladder, asked, made):
     file = copy(asked["int8"])
     rewrite(file, "relu_1_scale", lambda scale: scale / 20)
-    losses = ladder.losses(Asked.of(ladder.job, file, "int8"))
+    losses = ladder.losses(Asked.of(ladder.job, file, "int8"), made["int8"].divisors)
     beyond = [loss.layer for loss in losses if loss.exceeds(4.0)]
     assert beyond == ["block2.0.conv2"]
 

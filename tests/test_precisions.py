@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
+from quantisation import PLAIN
 
 from exporter import plugins
 from exporter.calibration import calibrate
@@ -35,7 +36,8 @@ def statistics(graph, images):
 
 
 def convert(name, graph, statistics, samples=NO_SAMPLES, **options):
-    return plugins.load_precision(name, options).convert(graph, statistics, samples)
+    plain = {**PLAIN, "calibrator": "percentile"} if name == "int8" else {}
+    return plugins.load_precision(name, plain | options).convert(graph, statistics, samples)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from quantisation import (
+    PLAIN,
     alive,
     exported,
     float64,
@@ -32,7 +33,6 @@ from exporter.quantisation.repair import _shrunk_mean, repair, rounded
 from exporter.quantisation.rounding import _columns, nearest, second_order, weight_scales
 
 CALIBRATION, HELD_OUT = images(64), images(200, seed=9)
-PLAIN = {"calibrator": "max", "equalise": False, "rounding": False, "bias_correction": False}
 
 
 def sqnr(reference: np.ndarray, found: np.ndarray) -> float:

@@ -35,5 +35,7 @@ def spacing(position: Tensor, kind: int) -> Tensor:
 
 def nearest(position: Tensor, kind: int) -> Tensor:
     """Return the nearest number of a type, as if it had no limits; of two, the even one."""
+    if kind != FLOAT8:
+        return position.round()
     steps = spacing(position, kind)
     return (position / steps).round() * steps

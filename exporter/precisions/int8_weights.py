@@ -2,10 +2,11 @@
 
     weights      per out channel,  q = clip(rint(w / s), −127, 127),  s = max |w| / 127
 
-Each layer reads its weights through a DequantizeLinear; nothing is calibrated, since no activation
-is quantised. TensorRT-RTX keeps the weights as integers and fuses bias, ReLU and sum as it does
-around floats, which it does not around INT8 activations. Linear layers are quantised too unless
-told otherwise: their weights are rounded as finely as any other's, and they may be most of a file.
+Each layer reads its weights through a DequantizeLinear; no activation is quantised, and calibration
+only says what leaves half's range where ``around`` is half. TensorRT-RTX keeps the weights as
+integers and fuses bias, ReLU and sum as it does around floats, which it does not around INT8
+activations. Linear layers are quantised too unless told otherwise: their weights are rounded as
+finely as any other's, and they may be most of a file.
 """
 
 from __future__ import annotations

@@ -457,11 +457,12 @@ def test_no_samples_are_refused(residual):
         calibrate(residual, [])
 
 
+@pytest.mark.parametrize("index", [0, 4, 31, 32])  # sums are added up at every 32nd sample
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_sample_that_is_not_finite_is_refused_by_its_number(residual, bad):
-    x = samples()
-    x[4, 1, 2, 3] = bad
-    with refused(InputRefused, "calibration sample 4 holds NaN or infinite values"):
+def test_a_sample_that_is_not_finite_is_refused_by_its_number(residual, bad, index):
+    x = samples(40)
+    x[index, 1, 2, 3] = bad
+    with refused(InputRefused, f"calibration sample {index} holds NaN or infinite values"):
         calibrate(residual, feeds(x))
 
 

@@ -192,11 +192,14 @@ class Magnitudes(Range):
         return cls(counts=np.zeros(_BINS, dtype=np.int64))
 
     def add(self, values: Array) -> None:
-        """Count one sample's values, float32 and finite; a tensor of one axis is one channel."""
+        """Count one sample's values, float32; a tensor of one axis is one channel.
+
+        Once a value was not finite, nothing more is counted.
+        """
         import numpy as np
 
         Range.add(self, values)
-        if not values.size:
+        if not (values.size and self.finite):
             return
         rows = np.asarray(values, dtype=np.float32)
         rows = rows.swapaxes(0, 1) if rows.ndim > 1 else rows.reshape(1, -1)

@@ -236,7 +236,7 @@ def test_no_threshold_has_a_smaller_expected_squared_error(values, levels):
     assert got <= best * 1.01
 
 
-def test_for_normal_values_the_squared_error_asks_for_the_known_threshold():
+def test_for_laplace_values_the_squared_error_asks_for_the_known_threshold():
     # R. Banner et al., "Post training 4-bit quantization", 2019: for Laplace values of scale b and
     # 2^M intervals T solves 2T/(3·4^M) = 2 b exp(−T/b); 14 intervals are 7 levels a side.
     values = np.random.default_rng(8).laplace(size=400_000)

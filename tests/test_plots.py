@@ -38,12 +38,14 @@ def test_a_pass_over_one_sample_can_be_drawn():
     assert plots.calibration(one).rstrip().endswith("</svg>")
 
 
-def test_drawing_leaves_the_users_own_settings_of_matplotlib_alone():
+def test_drawing_neither_follows_nor_changes_the_users_own_settings_of_matplotlib():
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": "mine", "svg.fonttype": "path"}):
-        plots.calibration(FOUND)
-        assert (mpl.rcParams["svg.hashsalt"], mpl.rcParams["svg.fonttype"]) == ("mine", "path")
+    drawn = plots.calibration(FOUND)
+    users = {"svg.hashsalt": "mine", "svg.fonttype": "path", "font.size": 30, "axes.grid": True}
+    with mpl.rc_context(users):
+        assert plots.calibration(FOUND) == drawn
+        assert {name: mpl.rcParams[name] for name in users} == users
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 40.0])

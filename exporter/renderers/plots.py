@@ -1,7 +1,8 @@
 """What is drawn into a bundle, as SVG.
 
 The same record gives the same bytes: identifiers are salted with a constant, the file has no date,
-and text stays text, so that no font of this machine is drawn into it.
+settings are matplotlib's own, and text stays text, so that no font of this machine is drawn into
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def calibration(found: Convergence) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # nothing of a matplotlibrc of this machine either
+        mpl.rcParams.update(_STYLE)
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         for at, curve in enumerate(found.curves):

@@ -77,6 +77,13 @@ class Shape(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
+_allow_overlap = click.option(
+    "--allow-overlap",
+    is_flag=True,
+    help="Calibrate even on samples that the result is judged on; the report says so.",
+)
+
+
 @click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
 @click.option("-m", "--model", default="resnet18", show_default=True, help="A built-in network.")
 @click.option(
@@ -105,6 +112,7 @@ class Shape(click.ParamType[tuple[int, ...]]):
     type=click.Path(path_type=Path),
     help="A .npy file, (N, C, H, W) float32, in place of the draw from the training samples.",
 )
+@_allow_overlap
 @click.option("-t", "--target", multiple=True, help="Engine targets, say sm86,sm89. Repeatable.")
 @click.option("--batch", metavar="MIN,OPT,MAX", help="Batch range of the engines, say 1,8,32.")
 @click.option(
@@ -158,6 +166,7 @@ def doctor() -> None:
     type=click.Path(path_type=Path),
     help="The calibration data it was exported with, if not the built-in ones.",
 )
+@_allow_overlap
 @click.option(
     "--worst-case",
     is_flag=True,
@@ -189,6 +198,7 @@ def parity(
     steps: int,
     radius: float,
     *,
+    allow_overlap: bool,
     worst_case: bool,
     as_json: bool,
 ) -> None:
@@ -209,6 +219,7 @@ def parity(
             bundle,
             weights=weights,
             calibration=calibration,
+            allow_overlap=allow_overlap,
             search=Search(steps=steps, radius=radius) if worst_case else None,
             progress=progress,
         )
@@ -248,6 +259,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             weights=asked["weights"],
             input_shape=asked["input_shape"],
             calibration=asked["calibration"],
+            allow_overlap=asked["allow_overlap"],
             progress=progress,
         )
     width = None if sys.stdout.isatty() else 120

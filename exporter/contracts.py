@@ -43,14 +43,48 @@ class Model(Protocol):
 
 
 class TensorStatistics(Protocol):
-    """What calibration saw of one tensor."""
+    """What calibration saw of one tensor.
+
+    Every float tensor has ``amax``, ``minimum`` and ``maximum``. The rest raises `GraphError` for
+    one that no convolution, product or sum reads.
+    """
 
     @property
     def amax(self) -> float:
         """Return the largest magnitude seen."""
 
+    @property
+    def minimum(self) -> float:
+        """Return the smallest value seen."""
+
+    @property
+    def maximum(self) -> float:
+        """Return the largest value seen."""
+
+    @property
+    def channel_amax(self) -> Array:
+        """Return the largest magnitude in each channel, (C,); channels lie along axis 1."""
+
+    @property
+    def channel_power(self) -> Array:
+        """Return the mean square of each channel, (C,)."""
+
+    @property
+    def channel_zeros(self) -> Array:
+        """Return the share of zeros in each channel, (C,)."""
+
+    @property
+    def dead_channels(self) -> tuple[int, ...]:
+        """Return the channels that were 0 in every sample."""
+
     def percentile(self, percent: float) -> float:
         """Return the smallest magnitude that ``percent`` % of all elements do not exceed."""
+
+    def mse(self, levels: int = 127) -> float:
+        """Return the threshold of the least squared error of so many levels above zero."""
+
+    def entropy(self, levels: int = 127) -> float:
+        """Return the threshold whose quantised magnitudes are distributed most like them."""
 
 
 Statistics: TypeAlias = Mapping[str, TensorStatistics]

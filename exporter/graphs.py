@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.calibration import calibrate
+from exporter.calibration import calibrate, convergence
 from exporter.contracts import Converted
 from exporter.errors import GraphError
 from exporter.job import Job
@@ -51,7 +51,9 @@ def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
     assert job.calibration is not None  # Job.resolve saw to it
     inputs = job.calibration.inputs
     with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
-        return calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+        found = calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+    job.calibrated = convergence(found)
+    return found
 
 
 def _convert(

@@ -22,7 +22,7 @@ from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.parity import collect_outputs
 from exporter.plugins import load_model, load_precision, load_runtime
 from exporter.profile import Profile
-from exporter.records import Array, Feed, Source, Stage, TensorSpec
+from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
 from exporter.samples import Samples
 from exporter.weights import load_weights
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Job:
-    """What was asked for, found possible; and how long each stage of it took."""
+    """What was asked for, found possible; and how long each stage of it took.
+
+    ``calibrated`` is there once a graph was calibrated.
+    """
 
     name: str
     model: Model
@@ -49,6 +52,7 @@ class Job:
     calibration: Samples | None
     progress: Progress
     stages: list[Stage] = field(default_factory=list)
+    calibrated: Convergence | None = None
 
     @classmethod
     def resolve(
@@ -61,10 +65,12 @@ class Job:
         calibration: Array | Path | None,
         progress: Progress,
         builds: bool = True,
+        allow_overlap: bool = False,
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        A job that ``builds`` nothing needs no runtime that could.
+        A job that ``builds`` nothing needs no runtime that could. Calibration samples that are
+        among those it is judged on are refused unless ``allow_overlap``.
         """
         name = model if isinstance(model, str) else type(model).__name__.lower()
         chosen = load_model(model) if isinstance(model, str) else model
@@ -77,6 +83,10 @@ class Job:
         digest = load_weights(module, path)
         _check_input(module, spec, name)
         needed = any(precision.needs_calibration for precision in precisions.values())
+        held_out = samples.load_split(chosen.data, spec.shape, "held-out")
+        calibrating = _calibration(chosen, profile, spec, calibration, needed=needed)
+        if calibrating and not allow_overlap:
+            _refuse_overlap(calibrating, held_out)
         return cls(
             name=name,
             model=chosen,
@@ -87,9 +97,9 @@ class Job:
             profile=profile,
             precisions=precisions,
             runtimes=runtimes,
-            held_out=samples.load_split(chosen.data, spec.shape, "held-out"),
+            held_out=held_out,
             noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
-            calibration=_calibration(chosen, profile, spec, calibration, needed=needed),
+            calibration=calibrating,
             progress=progress,
         )
 
@@ -142,6 +152,24 @@ class Job:
 
         return torch.from_numpy(self.held_out.inputs[:2])
 
+    def doubts(self) -> tuple[str, ...]:
+        """Return the reasons not to trust what was calibrated."""
+        if self.calibration is None or self.calibrated is None:
+            return ()
+        doubts = []
+        if (count := len(self.calibration.inputs)) < FEW_IMAGES:
+            doubts.append(
+                f"the scales were calibrated on {count} samples, and below {FEW_IMAGES} they "
+                "depend much on which ones"
+            )
+        if shared := samples.overlap(self.calibration.inputs, self.held_out.inputs):
+            doubts.append(
+                f"{len(shared)} of the {count} calibration samples are among the "
+                f"{self.held_out.origin} that the precisions are judged on, so that those look "
+                "better than they are"
+            )
+        return tuple(doubts)
+
     @property
     def noise_name(self) -> str:
         return f"{len(self.noise)} noise samples"
@@ -180,6 +208,8 @@ def _calibration(
         origin = given.name if isinstance(given, Path) else "the given array"
         array = samples.load_array(given) if isinstance(given, Path) else given
         samples.check_calibration(array, spec, origin=origin)
+        training = samples.load_split(model.data, spec.shape, "train")
+        samples.check_scale(array, training, origin=origin)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
         return Samples(array, array[:0], f"{len(array)} samples of {origin}, SHA-256 {digest}…")
     if not needed:
@@ -187,6 +217,16 @@ def _calibration(
     wanted = profile.calibration
     training = samples.load_split(model.data, spec.shape, "train")
     return samples.draw(training, count=wanted.images, seed=wanted.seed)
+
+
+def _refuse_overlap(calibration: Samples, held_out: Samples) -> None:
+    """Raise `InputRefused` if scales would be set on the samples that they are judged on."""
+    if shared := samples.overlap(calibration.inputs, held_out.inputs):
+        raise InputRefused(
+            f"{len(shared)} of the {len(calibration.inputs)} calibration samples are among the "
+            f"{held_out.origin} that the export is judged on, the first of them sample {shared[0]}",
+            hint="leave them out, or allow it with --allow-overlap",
+        )
 
 
 def _check_memory(spec: TensorSpec, profile: Profile) -> None:

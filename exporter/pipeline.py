@@ -44,7 +44,7 @@ from exporter.records import (
     Variant,
 )
 from exporter.reference import TorchSession
-from exporter.renderers import markdown, record
+from exporter.renderers import markdown, plots, record
 from exporter.version import TOOL
 
 if TYPE_CHECKING:
@@ -65,14 +65,15 @@ def run(
     weights: Path | None = None,
     input_shape: tuple[int, ...] | None = None,
     calibration: Array | Path | None = None,
+    allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
     (safetensors), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W) float32 or
-    a .npy file of that, the draw from its training samples. The bundle ``out`` is written whole or
-    not at all.
+    a .npy file of that, the draw from its training samples; samples that the result is judged on
+    are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -87,6 +88,7 @@ def run(
         input_shape=input_shape,
         calibration=calibration,
         progress=progress,
+        allow_overlap=allow_overlap,
     )
     with job.stage("fold BatchNorm"):
         folded = fold_batchnorm(job.module, job.example())
@@ -113,11 +115,14 @@ def run(
             rungs=rungs,
             variants=variants,
             latency=latency,
-            doubts=(*_doubts_of_accuracy(truth), *doubts),
+            doubts=(*_doubts_of_accuracy(truth), *job.doubts(), *doubts),
             stages=tuple(job.stages),
+            calibrated=job.calibrated,
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
         (folder / "report.md").write_text(markdown.render(report), "utf-8")
+        if report.calibrated:
+            (folder / plots.CALIBRATION).write_text(plots.calibration(report.calibrated), "utf-8")
         (folder / "profile.toml").write_text(profile.to_toml(), "utf-8")
         write_manifest(folder, tool=TOOL, environment=report.environment)
     return report

@@ -41,14 +41,15 @@ def check_bundle(
     model: Model | None = None,
     weights: Path | None = None,
     calibration: Array | Path | None = None,
+    allow_overlap: bool = False,
     search: Search | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Return the bundle's report with parity and fidelity measured anew.
 
-    ``model``, ``weights`` and ``calibration`` are what the bundle was exported with, where they
-    were not the built-in ones. The result has no latencies. Nothing is written, but that with
-    ``search`` the worst inputs found for each artefact go into the bundle, as
+    ``model``, ``weights``, ``calibration`` and ``allow_overlap`` are what the bundle was exported
+    with, where they were not the built-in ones. The result has no latencies. Nothing is written,
+    but that with ``search`` the worst inputs found for each artefact go into the bundle, as
     ``worst-case/<artefact>.npy``, and what they show into ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
@@ -64,6 +65,7 @@ def check_bundle(
         calibration=calibration,
         progress=progress,
         builds=False,
+        allow_overlap=allow_overlap,
     )
     _check_sources(job, before)
     intact = {file.name for file in manifest.files if _is_intact(file, folder)}
@@ -87,12 +89,16 @@ def check_bundle(
         rungs=rungs,
         variants=variants,
         latency=(),
-        doubts=tuple(
-            f"{file.name} is not the file that the manifest lists"
-            for file in manifest.files
-            if file.name not in intact
+        doubts=(
+            *job.doubts(),
+            *(
+                f"{file.name} is not the file that the manifest lists"
+                for file in manifest.files
+                if file.name not in intact
+            ),
         ),
         stages=tuple(job.stages),
+        calibrated=job.calibrated,
         worst_cases=tuple(found.record for found in bundle.found),
     )
 

@@ -9,18 +9,20 @@ std those of the training split, and is upsampled bilinearly to the network's in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from exporter.errors import ExportError, InputRefused, UnknownName
-from exporter.records import Array, Feed, TensorSpec
+from exporter.records import LEAST_IMAGES, Array, Feed, TensorSpec
 
 Split: TypeAlias = Literal["train", "held-out"]
 
 HELD_OUT = 360
 MOST = 1797
 MEAN, STD = 0.3056, 0.3763
+_ANOTHER_SCALE = 8.0
 
 
 class Samples(NamedTuple):
@@ -111,8 +113,8 @@ def load_array(path: Path) -> Array:
 def check_calibration(array: Array, spec: TensorSpec, *, origin: str) -> Array:
     """Return the array if scales can be taken from it; ``origin`` says whose it is in errors.
 
-    Raises `InputRefused` if it is empty, of another shape or type than (N, *spec.shape) float32,
-    not finite, or constant.
+    Raises `InputRefused` if it is of another shape or type than (N, *spec.shape) float32, not
+    finite, constant, or of fewer than `LEAST_IMAGES` samples that differ.
     """
     import numpy as np
 
@@ -137,7 +139,52 @@ def check_calibration(array: Array, spec: TensorSpec, *, origin: str) -> Array:
         raise InputRefused(
             f"{origin}: calibration data is constant: every value is {array.flat[0]:g}"
         )
+    if (distinct := len(set(digests(array)))) < LEAST_IMAGES:
+        repeated = f" and {distinct} different ones" if distinct < len(array) else ""
+        raise InputRefused(
+            f"{origin}: calibration data has {len(array)} samples{repeated}, and needs "
+            f"{LEAST_IMAGES} that differ",
+            hint="256 are a good number",
+        )
     return array
+
+
+def check_scale(array: Array, training: Samples, *, origin: str) -> None:
+    """Raise `InputRefused` if the values are plainly not normalised as the training samples are.
+
+    Plainly: their standard deviation or their largest magnitude is more than 8 times that of the
+    training samples, or less than an eighth. Pixels of 0 to 255 are some hundred times off; a
+    shift, or another contrast, is not told from other pictures.
+    """
+    figures = ("standard deviation", "largest magnitude")
+    for what, found, usual in zip(figures, _spread(array), _spread(training.inputs), strict=True):
+        if not usual / _ANOTHER_SCALE <= found <= usual * _ANOTHER_SCALE:
+            raise InputRefused(
+                f"{origin}: calibration data is on another scale than the network's training "
+                f"samples: its {what} is {found:.4g}, and theirs is {usual:.4g}",
+                hint="normalise it as the network's inputs are, say (pixels / 255 - mean) / std",
+            )
+
+
+def _spread(array: Array) -> tuple[float, float]:
+    """Return the standard deviation and the largest magnitude, a sample at a time."""
+    import numpy as np
+
+    means = [float(sample.mean(dtype=np.float64)) for sample in array]
+    mean = sum(means) / len(means)
+    variance = sum(float(np.square(s - mean, dtype=np.float64).mean()) for s in array) / len(array)
+    return variance**0.5, float(max(np.abs(sample).max() for sample in array))
+
+
+def digests(inputs: Array) -> list[str]:
+    """Return the SHA-256 of each sample's bytes."""
+    return [hashlib.sha256(sample.tobytes()).hexdigest() for sample in inputs]
+
+
+def overlap(inputs: Array, held_out: Array) -> tuple[int, ...]:
+    """Return which of the inputs are, byte for byte, among the held-out samples."""
+    judged_on = set(digests(held_out))
+    return tuple(index for index, digest in enumerate(digests(inputs)) if digest in judged_on)
 
 
 def feeds(inputs: Array, name: str, *, size: int) -> Iterator[Feed]:

@@ -14,14 +14,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import TinyModel, disturb
+from conftest import TinyModel, disturb, refused
 from safetensors.torch import save_file
 
 import exporter
 from exporter.bundle import read_manifest
+from exporter.contracts import silent
 from exporter.errors import ExportError, GraphError, InputRefused, ParityError, RuntimeMissing
+from exporter.job import Job
 from exporter.profile import load_profile
-from exporter.renderers import record
+from exporter.records import Convergence
+from exporter.renderers import plots, record
 from exporter.samples import digits
 
 
@@ -161,6 +164,41 @@ def test_calibration_uses_the_given_samples(tiny_model, quick_profile, tmp_path)
     graph = onnx.load(tmp_path / "out/tinymodel.int8.onnx").graph
     scale = next(t for t in graph.initializer if t.name == "input_scale")
     assert onnx.numpy_helper.to_array(scale) == pytest.approx(np.abs(inputs).max() / 127, rel=4e-3)
+
+
+def test_the_bundle_shows_how_the_scales_settled(bundle, report):
+    found = report.calibrated
+    assert found.counts == (1, 2, 4, 8, 16)
+    assert [curve.calibrator for curve in found.curves] == ["max", "percentile 99.999"]
+    assert all(curve.largest[-1] == 0 < curve.largest[0] for curve in found.curves)
+    assert (bundle / "calibration.svg").read_text("utf-8") == plots.calibration(found)
+    assert "calibration.svg" in {file.name for file in read_manifest(bundle).files}
+
+
+def test_few_calibration_samples_put_the_scales_in_doubt(report):
+    (said,) = [doubt for doubt in report.doubts if "calibrated on" in doubt]
+    assert said.startswith("the scales were calibrated on 16 samples, and below 32 ")
+
+
+def test_samples_that_it_is_judged_on_calibrate_only_where_that_is_allowed_and_said(tiny_model):
+    train, held_out = (digits((1, 32, 32), split).inputs for split in ("train", "held-out"))
+    given = np.concatenate([train[:30], held_out[5:8]])
+    request = {
+        "weights": None,
+        "input_shape": None,
+        "calibration": given,
+        "progress": silent,
+        "builds": False,
+    }
+    profile = load_profile("default").only(("int8",))
+    said = "3 of the 33 calibration samples are among the 360 held-out digits that "
+    with refused(InputRefused, said, "the first of them sample 30", hint=("--allow-overlap",)):
+        Job.resolve(tiny_model, profile, **request)
+    job = Job.resolve(tiny_model, profile, **request, allow_overlap=True)
+    assert job.doubts() == ()  # nothing was calibrated yet
+    job.calibrated = Convergence(1, (1,), ())
+    (doubt,) = job.doubts()
+    assert doubt.startswith(said)
 
 
 # ── A gate that is missed, and a precision that cannot be made ──────────────────────

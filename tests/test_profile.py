@@ -63,7 +63,7 @@ def test_a_profile_with_every_key_set_comes_back_from_its_own_toml(written):
         'options = { calibrator = "max", keep = ["a.b", "c"], linear = true }\n'
         "[batch]\nmin = 2\nopt = 3\nmax = 4\n"
         "[timing]\nbatches = [2, 4]\nwarmup = 0\nruns = 2\npytorch_threads = 1\n"
-        "[parity]\nrandom = 1\nseed = 7\n[calibration]\nimages = 1\nseed = 9\n"
+        "[parity]\nrandom = 1\nseed = 7\n[calibration]\nimages = 8\nseed = 9\n"
     )
     assert written(profile.to_toml()) == profile
     assert profile.timing == Timing((2, 4), 0, 2, 1)
@@ -249,7 +249,7 @@ def test_a_batch_size_that_no_engine_serves_is_not_timed(written, batches, first
     [
         ("[parity]\nrandom = 0", ["parity", "random must be 1 or more, found 0"]),
         ("[parity]\nseed = -1", ["parity", "seed must be from 0", "found -1"]),
-        ("[calibration]\nimages = 0", ["calibration", "images must be 1 or more, found 0"]),
+        ("[calibration]\nimages = 7", ["calibration", "images must be 8 or more, found 7"]),
         ("[calibration]\nseed = -1", ["calibration", "seed must be from 0", "found -1"]),
     ],
 )

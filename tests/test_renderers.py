@@ -19,7 +19,9 @@ from exporter.profile import load_profile
 from exporter.records import (
     SCHEMA,
     Artefact,
+    Convergence,
     Cost,
+    Curve,
     Fate,
     Fidelity,
     File,
@@ -199,6 +201,16 @@ def odd_report(name: str) -> Report:
         ),
         stages=(Stage(name, 1.0),),
     )
+
+
+CALIBRATED = Convergence(
+    30,
+    (1, 2, 4, 8, 1024),
+    (
+        Curve("max", (0.5, 0.2, 0.1, 0.06, 0.0), (0.1, 0.1, 0.1, 0.0, 0.0)),
+        Curve("percentile 99.999", (0.5, 0.125, 0.04, 0.03, 0.0), (0.1, 0.0, 0.0, 0.0, 0.0)),
+    ),
+)
 
 
 # ── JSON ────────────────────────────────────────────────────────────────────────────
@@ -770,3 +782,24 @@ def test_doubts_about_the_figures_are_shown_beside_them():
     doubtful = report(PASSED, doubts=("other processes took 40% of the processors",))
     assert "In doubt: other processes took 40% of the processors." in text_of(doubtful)
     assert doubtful.verdict == "pass"
+
+
+# ── Calibration ─────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_says_from_when_on_the_scales_stood_still_and_where_that_is_drawn():
+    text = text_of(report(calibrated=CALIBRATED))
+    assert (
+        "1,024 samples, 30 tensors. Settled: max not within these; percentile 99.999 from 4" in text
+    )
+    assert "calibration.svg" in text
+    assert "12.50%" in text
+    assert "calibration.svg" not in text_of(report())
+
+
+def test_the_record_of_the_scales_reads_back_and_says_when_they_settled():
+    one = report(calibrated=CALIBRATED)
+    text = record.render(one)
+    assert record.parse(text) == one
+    assert loads(text)["calibrated"]["settled"] == {"max": None, "percentile 99.999": 4}
+    assert loads(record.render(report()))["calibrated"] is None

@@ -20,12 +20,14 @@ from exporter.samples import (
     STD,
     Samples,
     check_calibration,
+    check_scale,
     digits,
     draw,
     feeds,
     load_array,
     load_split,
     noise,
+    overlap,
 )
 
 SPEC = TensorSpec("input", (1, 4, 4))
@@ -284,7 +286,7 @@ def good(count: int = 3) -> np.ndarray:
     return np.random.default_rng(0).random((count, 1, 4, 4), dtype=np.float32)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [8, 30])
 def test_a_fit_array_is_returned_untouched(count):
     array = good(count)
     assert check_calibration(array, SPEC, origin="a.npy") is array
@@ -340,6 +342,60 @@ def test_an_array_of_one_value_is_refused_with_the_value(value):
     array = np.full((3, 1, 4, 4), value, dtype=np.float32)
     with refused(InputRefused, "a.npy", "constant", f"every value is {value:g}"):
         check_calibration(array, SPEC, origin="a.npy")
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_fewer_than_eight_samples_are_refused(count):
+    with refused(InputRefused, "a.npy", f"{count} samples, and needs 8", hint=("256",)):
+        check_calibration(good(count), SPEC, origin="a.npy")
+
+
+def test_fewer_than_eight_that_differ_are_refused_however_often_they_come():
+    with refused(InputRefused, "a.npy", "70 samples and 7 different ones, and needs 8 that differ"):
+        check_calibration(np.tile(good(7), (10, 1, 1, 1)), SPEC, origin="a.npy")
+
+
+def training(count: int = 50) -> Samples:
+    inputs = np.random.default_rng(7).standard_normal((count, 1, 4, 4)).astype(np.float32)
+    return Samples(inputs, np.zeros(count), "50 train samples")
+
+
+@pytest.mark.parametrize("factor", [0.2, 1, 6])
+def test_other_contrasts_are_not_another_scale(factor):
+    check_scale(training().inputs[:20] * np.float32(factor), training(), origin="a.npy")
+
+
+@pytest.mark.parametrize("factor", [0.05, 12, 255])
+def test_another_scale_is_refused_with_both_figures(factor):
+    array = training().inputs * np.float32(factor)
+    said = (f"standard deviation is {array.std():.4g}", f"theirs is {training().inputs.std():.4g}")
+    with refused(InputRefused, "a.npy", "another scale", *said, hint=("normalise",)):
+        check_scale(array, training(), origin="a.npy")
+
+
+def test_one_value_far_out_is_another_scale():
+    array = training().inputs.copy()
+    array[3, 0, 0, 0] = 40
+    with refused(InputRefused, "largest magnitude is 40", hint=("normalise",)):
+        check_scale(array, training(), origin="a.npy")
+
+
+def test_pixels_that_nobody_normalised_are_another_scale_than_the_digits(train):
+    raw = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8)).astype(np.float32)
+    with refused(InputRefused, "another scale", hint=("pixels / 255",)):
+        check_scale(raw, train, origin="a.npy")
+
+
+def test_the_digits_two_splits_share_no_sample(train, held_out):
+    assert overlap(train.inputs, held_out.inputs) == ()
+
+
+def test_an_overlap_is_found_by_the_bytes_of_each_sample(train, held_out):
+    inputs = train.inputs[:10].copy()
+    inputs[4], inputs[7] = held_out.inputs[100], held_out.inputs[3]
+    assert overlap(inputs, held_out.inputs) == (4, 7)
+    inputs[4, 0, 0, 0] += 1
+    assert overlap(inputs, held_out.inputs) == (7,)
 
 
 # ── Batches ─────────────────────────────────────────────────────────────────────────

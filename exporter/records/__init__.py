@@ -7,6 +7,8 @@ Numbers that were measured are fields; numbers that follow from them are propert
 from __future__ import annotations
 
 from exporter.records.asked import (
+    FEW_IMAGES,
+    LEAST_IMAGES,
     BatchRange,
     Calibration,
     ParityInputs,
@@ -16,6 +18,7 @@ from exporter.records.asked import (
     check_threads,
 )
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
+from exporter.records.calibration import Convergence, Curve
 from exporter.records.cost import Cost, Latency, LayerCost
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File, OnnxModel
@@ -24,13 +27,17 @@ from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
 
 __all__ = [
+    "FEW_IMAGES",
+    "LEAST_IMAGES",
     "SCHEMA",
     "Array",
     "Artefact",
     "Asked",
     "BatchRange",
     "Calibration",
+    "Convergence",
     "Cost",
+    "Curve",
     "Fate",
     "Feed",
     "Fidelity",

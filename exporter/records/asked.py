@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from exporter.records.base import MOST_THREADS, Asked, Found
 
+LEAST_IMAGES = 8  # to calibrate on
+FEW_IMAGES = 32  # from which on a scale is not in doubt for their number
+
 
 class TensorSpec(Found, frozen=True):
     """A tensor's name and shape, without the batch axis, which always comes first."""
@@ -88,8 +91,8 @@ class Calibration(Asked, frozen=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ValueError(f"images must be 1 or more, found {self.images}")
+        if self.images < LEAST_IMAGES:
+            raise ValueError(f"images must be {LEAST_IMAGES} or more, found {self.images}")
         _check_seed(self.seed)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from exporter.errors import ParityError
 from exporter.records.asked import TensorSpec
 from exporter.records.base import Found, Verdict, worst
+from exporter.records.calibration import Convergence
 from exporter.records.cost import Cost, Latency
 from exporter.records.fidelity import LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File
@@ -127,7 +128,8 @@ class Stage(Found, frozen=True):
 class Report(Found, frozen=True):
     """The record of one run. Markdown and the terminal's table are views of it.
 
-    ``doubts`` are reasons not to trust figures that are in it, one sentence each.
+    ``doubts`` are reasons not to trust figures that are in it, one sentence each; ``calibrated`` is
+    None where no scale was calibrated.
     """
 
     schema: int
@@ -144,6 +146,7 @@ class Report(Found, frozen=True):
     doubts: tuple[str, ...]
     stages: tuple[Stage, ...]
     worst_cases: tuple[WorstCase, ...] = ()
+    calibrated: Convergence | None = None
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

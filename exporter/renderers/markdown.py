@@ -8,6 +8,7 @@ from exporter.records import Artefact, Cost, Latency, Parity, Report
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
 from exporter.renderers import _quantised as quantised
+from exporter.renderers import plots
 
 
 def render(report: Report) -> str:
@@ -19,6 +20,7 @@ def render(report: Report) -> str:
         _losses(report),
         _quantised(report),
         _parity(report),
+        _calibration(report),
         _fold(report),
         _cost(report),
         _latency(report),
@@ -193,6 +195,32 @@ def _not_run(report: Report) -> list[str]:
     return [""] * bool(missing) + [
         f"- {a.name}: built, not run: {_escape(a.not_run or '')}. Its numbers are not checked."
         for a in missing
+    ]
+
+
+def _calibration(report: Report) -> list[str]:
+    found = report.calibrated
+    if found is None:
+        return []
+    settled = (
+        f"{name} from {count:,} on" if count else f"{name} not within these"
+        for name, count in found.settled.items()
+    )
+    rows = (
+        (f"{count:,}", *(f"{curve.largest[at]:.2%}" for curve in found.curves))
+        for at, count in enumerate(found.counts)
+    )
+    return [
+        "## Calibration: do the scales stand still?",
+        "",
+        f"{found.samples:,} samples, {found.tensors} tensors. Settled: {'; '.join(settled)}.",
+        "",
+        *_table(("samples", *(curve.calibrator for curve in found.curves)), rows),
+        "",
+        "The largest relative distance of a tensor's scale to its final one, in the order that the "
+        "samples were given. Settled is from where on it is never above "
+        f"{found.WITHIN:.0%}, at most half of the samples, since the last ones agree with "
+        f"themselves. Drawn in {plots.CALIBRATION}.",
     ]
 
 

@@ -30,6 +30,8 @@ def render(report: Report) -> str:
         _rung(rung, entry)
     for latency, entry in zip(report.latency, table["latency"], strict=True):
         entry |= _latency(latency)
+    if report.calibrated:
+        table["calibrated"]["settled"] = report.calibrated.settled
     return msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n"
 
 

@@ -1,0 +1,124 @@
+"""What the activations are like: one streaming pass over the calibration samples.
+
+Every sample runs alone through the FP32 graph in ONNX Runtime, so the result cannot depend on a
+batch size, and everything kept is a maximum, a count or an exact sum, so it cannot depend on the
+order either. The exception is the history of the scales, which shows how they came about.
+
+Every float tensor of the graph gets a `Range`, and those that convolutions, products and sums read
+get `Magnitudes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from exporter.calibration.convergence import convergence
+from exporter.calibration.statistics import Magnitudes, Range
+from exporter.contracts import Advance
+from exporter.errors import GraphError, InputRefused
+from exporter.records import Feed
+
+if TYPE_CHECKING:
+    import onnx
+
+READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")  # of the tensors that are counted
+
+__all__ = ["READERS", "Magnitudes", "Range", "calibrate", "convergence", "watched_tensors"]
+
+
+def watched_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the activations whose magnitudes matter: what convolutions, products and sums read."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    read = (name for node in model.graph.node if node.op_type in READERS for name in node.input)
+    return tuple(dict.fromkeys(name for name in read if name and name not in constants))
+
+
+def calibrate(
+    model: onnx.ModelProto, feeds: Iterable[Feed], *, advance: Advance = lambda: None
+) -> dict[str, Magnitudes | Range]:
+    """Run the FP32 graph on every sample and return what each float tensor is like.
+
+    A feed may have any number of samples; each runs alone, and ``advance`` is called after it. The
+    first entries are the `watched_tensors`. The model is left as it was.
+
+    Raises `InputRefused` if there is no sample or one is not finite, `GraphError` if an activation
+    is not.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        _giving_all(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    given, given_back = (
+        [value.name for value in values if value.type == "tensor(float)"]
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    written = [name for name in _written(model) if name in given_back]  # in the nodes' order
+    floats = {*given, *written}
+    watched = {name: Magnitudes.empty() for name in watched_tensors(model) if name in floats}
+    found: dict[str, Magnitudes | Range] = {**watched}
+    found |= {name: Range() for name in (*given, *written) if name not in watched}
+    count = 0
+    for count, sample in enumerate(_one_by_one(feeds), 1):
+        values = {name: sample[name] for name in given}
+        values |= zip(written, session.run(written, dict(sample)), strict=True)
+        for name, value in values.items():
+            found[name].add(value)
+            if not found[name].finite:
+                raise _not_finite(model, name, count - 1)
+        if count & (count - 1) == 0:
+            _mark(watched)
+        advance()
+    if not count:
+        raise InputRefused("there is no calibration data")
+    if count & (count - 1):
+        _mark(watched)
+    return found
+
+
+def _giving_all(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with every tensor that a node writes among its outputs."""
+    import onnx
+
+    giving = onnx.ModelProto()
+    giving.CopyFrom(model)
+    known = {value.name for value in giving.graph.output}
+    giving.graph.output.extend(
+        onnx.ValueInfoProto(name=name)  # the type is ONNX Runtime's to find
+        for name in _written(model)
+        if name not in known
+    )
+    return giving
+
+
+def _written(model: onnx.ModelProto) -> list[str]:
+    """Return the tensors that nodes write, each after those it is computed from."""
+    return [name for node in model.graph.node for name in node.output if name]
+
+
+def _one_by_one(feeds: Iterable[Feed]) -> Iterator[Feed]:
+    """Yield each sample of each feed as a feed of its own."""
+    for feed in feeds:
+        sizes = {len(values) for values in feed.values()}
+        if len(sizes) > 1:
+            raise InputRefused(f"the inputs of one feed have {sorted(sizes)} samples")
+        for index in range(*sizes):
+            yield {name: values[index : index + 1] for name, values in feed.items()}
+
+
+def _mark(watched: Mapping[str, Magnitudes]) -> None:
+    for seen in watched.values():
+        seen.mark()
+
+
+def _not_finite(model: onnx.ModelProto, name: str, index: int) -> GraphError | InputRefused:
+    layer = next((node.name for node in model.graph.node if name in node.output), None)
+    if layer is None:
+        return InputRefused(f"calibration sample {index} holds NaN or infinite values")
+    return GraphError(
+        f"in float32 the network's {layer!r} gives NaN or infinite values on calibration sample "
+        f"{index}"
+    )

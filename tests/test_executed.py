@@ -88,14 +88,14 @@ def convolution(
     )
 
 
-def integer_kernels(model: OnnxModel, folder) -> int:
-    """Count ONNX Runtime's integer convolutions in the graph that it writes itself."""
+def integer_kernels(model: OnnxModel, folder, kind: str = "QLinearConv") -> int:
+    """Count ONNX Runtime's integer layers in the graph that it writes itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "seen.onnx")
     onnxruntime.InferenceSession(model.path, options, providers=["CPUExecutionProvider"])
-    return sum(n.op_type == "QLinearConv" for n in onnx.load(folder / "seen.onnx").graph.node)
+    return sum(n.op_type == kind for n in onnx.load(folder / "seen.onnx").graph.node)
 
 
 # ── ONNX Runtime ────────────────────────────────────────────────────────────────────
@@ -127,6 +127,62 @@ def test_onnxruntime_says_which_kernel_ran_and_why_it_is_no_integer_one(
     assert reason is None if layer.reason is None else reason in layer.reason
     assert integer_kernels(model, tmp_path) == (ran == "int8")
     assert bool(execution.missed) == (ran != "int8")
+
+
+def linear(folder, *, bias: bool, relu=False, quantised=False, zero=np.int8(0)) -> OnnxModel:  # noqa: B008 - numpy's scalars are immutable
+    """Write Q → Gemm (→ ReLU) (→ Q), and with nothing behind it the output is the graph's."""
+    constants = {
+        "w": np.random.default_rng(0).integers(-127, 128, (8, 4)).astype(np.int8),
+        "w_s": np.full(8, 0.01, np.float32),
+        "w_z": np.zeros(8, np.int8),
+        "b": np.ones(8, np.float32),
+    }
+    nodes, more = pair("x", 0.05, np.array(zero))
+    constants |= more
+    nodes += [
+        helper.make_node("DequantizeLinear", ["w", "w_s", "w_z"], ["w_d"], "w/D", axis=0),
+        helper.make_node("Gemm", ["x_d", "w_d", "b"][: 2 + bias], ["g"], "layer.linear", transB=1),
+    ]
+    last = "g"
+    if relu:
+        nodes.append(helper.make_node("Relu", ["g"], ["r"], "layer.relu/Relu"))
+        last = "r"
+    if quantised:
+        behind, more = pair(last, 0.1, np.array(zero))
+        nodes, constants = nodes + behind, constants | more
+        last = f"{last}_d"
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path = folder / "linear.onnx"
+    onnx.save(model, path)
+    return OnnxModel(
+        path, "int8", TensorSpec("x", (4,)), TensorSpec(last, (8,)), BatchRange(1, 2, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "ran", "reason"),
+    [
+        ({"bias": False}, "int8", None),
+        ({"bias": True}, "fp32", "its bias is in float"),
+        ({"bias": True, "quantised": True}, "int8", None),
+        ({"bias": True, "relu": True}, "fp32", "the graph's own, in float"),
+        ({"bias": True, "relu": True, "quantised": True}, "fp32", "zero point is 0: a Relu"),
+        ({"bias": True, "relu": True, "quantised": True, "zero": LOWEST}, "int8", None),
+    ],
+)
+def test_a_linear_layer_needs_no_quantised_output_unless_it_has_a_bias(tmp_path, form, ran, reason):
+    model = linear(tmp_path, **form)
+    (layer,) = plugins.load_runtime("ort-cpu", {}).executed(model, model.path).layers
+    assert (layer.layer, layer.op, layer.asked, layer.ran) == ("layer.linear", "Gemm", "int8", ran)
+    assert layer.reason is None if reason is None else reason in layer.reason
+    assert integer_kernels(model, tmp_path, "QGemm") == (ran == "int8")
 
 
 def test_weights_alone_are_dequantised_first(tmp_path):
@@ -395,6 +451,8 @@ def engine(reads: str, weights: str, relu: str = "true") -> bytes:
         ("int8", "int8", "int8"),
         ("half", "half", "fp16"),
         ("half", "int8", "int8 weights"),
+        ("fp8_e4m3", "fp8_e4m3", "fp8"),
+        ("half", "fp8_e4m3", "fp8 weights"),
         ("float", "float", "fp32"),
         ("unheard", "int8", None),
     ],
@@ -427,10 +485,15 @@ def test_an_engine_without_text_gives_no_layers(data):
         ("int8", {}, {"int8": (6, 6)}, 0),
         ("fp16", {}, {"fp16": (7, 7)}, 6),
         ("int8", {"around": "fp16"}, {"int8": (6, 6), "fp16": (1, 1)}, 0),
+        ("int8", {"linear": True}, {"int8": (7, 7)}, 0),
+        ("fp8", {}, {"fp8": (5, 6)}, 1),
     ],
 )
 def test_a_real_engine_gives_a_hint_with_no_gpu(tiny_onnx, tmp_path, name, options, counts, biases):
-    """TensorRT-RTX fuses the bias of half convolutions, and of integer ones does not."""
+    """TensorRT-RTX fuses the bias of half convolutions, and of integer ones does not.
+
+    It leaves the first convolution, of one channel, out of FP8.
+    """
     if not _cuda.missing_gpu():
         pytest.skip("this machine has an NVIDIA GPU")
     model = converted(tiny_onnx, tmp_path, name, **options)

@@ -27,6 +27,7 @@ from exporter.runtimes._asked import Layer
 _WORDS = {
     "int8": "int8",
     "fp8": "fp8",
+    "fp8_e4m3": "fp8",
     "fp8e4m3": "fp8",
     "e4m3": "fp8",
     "half": "fp16",
@@ -122,7 +123,7 @@ def _fused(bias: Any, relu: Any, total: Any) -> tuple[str, ...]:
 # ── The text in an engine of TensorRT-RTX ───────────────────────────────────────────
 
 _INNER = rb"[^{}]*(?:\{[^{}]*\}[^{}]*)*?"  # of braces: what is in them may have braces once more
-_TENSOR = re.compile(rb"\btensor=\{" + _INNER + rb'\bname="([^"]*)"' + _INNER + rb"\btype=(\w+) \}")
+_TENSOR = re.compile(rb"tensor=\{" + _INNER + rb'\bname="([^"]*)"' + _INNER + rb"\btype=(\w+) \}")
 _PRODUCT = re.compile(
     rb'\b(?:corrltn|convolution|deconv\w*|fully_connected|gemm|matmul)=\{ name="([^"]*)" '
     rb"output=\{[^{}]*\} input=\{([^{}]*)\}(" + _INNER + rb")layers="
@@ -147,7 +148,7 @@ def read_text(engine: bytes, asked: Sequence[Layer]) -> tuple[Executed, ...]:
     unpacked = {
         name
         for reads, writes in _FUNCTION.findall(engine)
-        if any(types.get(one) in ("int8", "fp8") for one in _names(reads))
+        if any(_WORDS.get(types.get(one, "")) in ("int8", "fp8") for one in _names(reads))
         for name in _names(writes)
     }
     found: dict[str, set[_Told]] = {}

@@ -21,7 +21,11 @@ from exporter.runtimes._graph import WEIGHTED
 if TYPE_CHECKING:
     import onnx
 
-INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
+INTEGER = (
+    *("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger"),
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+)
+FUSED = ("FusedGemm", "FusedMatMul", "NhwcFusedConv")
 _TYPES = {
     "float": "fp32",
     "double": "fp64",
@@ -101,7 +105,7 @@ def _find(
     made = {name: node for node in graph.node for name in node.output}
     layers = {layer.node.name for layer in asked}
     biases = {n.input[2]: n.name for n in graph.node if n.name in layers and len(n.input) > 2}
-    kinds = (*WEIGHTED, *INTEGER)
+    kinds = (*WEIGHTED, *FUSED, *INTEGER)
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in optimised.node:
         if node.op_type not in kinds:
@@ -159,10 +163,15 @@ def _not_quantised(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
         readers = [other for other in graph.node if readers[0].output[0] in other.input]
     others = [other for other in readers if other.op_type != "QuantizeLinear"]
     if others or not readers:
-        what = others[0].op_type if others else "nothing"
+        if node.op_type == "Gemm" and not through and len(node.input) > 2:
+            return (
+                "its bias is in float, and this provider makes it an integer only where Q alone "
+                "stands behind the layer"
+            )
+        read = f"read by {others[0].op_type} in float" if others else "the graph's own, in float"
         return (
-            f"its output is read by {what} in float: this provider makes an integer kernel only "
-            f"where Q alone stands behind the layer{through}"
+            f"its output is {read}: this provider makes an integer kernel only where Q alone "
+            f"stands behind the layer{through}"
         )
     zero, low = _zero_point(readers[0], graph)
     if through and zero != low:

@@ -17,7 +17,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
-from exporter.records import Array, Asked, Feed, OnnxModel, Outputs, Quantised, Repair, TensorSpec
+from exporter.records import (
+    Array,
+    Asked,
+    Execution,
+    Feed,
+    OnnxModel,
+    Outputs,
+    Quantised,
+    Repair,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -144,6 +154,13 @@ class Runtime(Protocol):
 
     def describe(self, path: Path) -> tuple[str, ...]:
         """Return what a reader of its figures must know, say an option set for correctness."""
+
+    def executed(self, model: OnnxModel, path: Path) -> Execution | None:
+        """Return in which type each layer that asks for fewer bits really runs.
+
+        ``path`` is what `build` made of ``model``. None where no layer asks; what cannot be known
+        says why. Raises `BuildError` where what was built cannot be run.
+        """
 
 
 class Session(Protocol):

@@ -217,9 +217,11 @@ class _Bench:
             notes=runtime.describe(path),
             not_run=runtime.missing("run"),
         )
-        if artefact.not_run:
-            return artefact
         try:
+            execution = runtime.executed(model, path)
+            artefact = msgspec.structs.replace(artefact, execution=execution)
+            if artefact.not_run:
+                return artefact
             session = self.open_sessions.enter_context(runtime.open(path))
             judged = self.ladder.judge(artefact, runtime, path, session, asked)
         except ExportError as error:

@@ -108,22 +108,6 @@ def test_quantisation_with_half_scales_is_run_as_written_and_the_report_is_told(
     assert 10 * np.log10((want**2).sum() / ((got - want) ** 2).sum()) > 20
 
 
-def test_what_runs_otherwise_than_the_file_reads_is_said(tiny_onnx, tmp_path):
-    """This provider has no half convolutions, and fuses no integer ones for this placement."""
-    runtime = plugins.load_runtime("ort-cpu", {})
-    int8 = quantised(tiny_onnx, tmp_path)
-    assert runtime.describe(int8.path) == (
-        "0 of 6 INT8 layers run as integer kernels: they compute in float between Q and DQ, so "
-        "expect no gain",
-    )
-    half = (
-        plugins.load_precision("fp16", {}).convert(onnx.load(tiny_onnx.path), {}, np.empty(0)).model
-    )
-    onnx.save(half, tmp_path / "half.onnx")
-    (note,) = runtime.describe(tmp_path / "half.onnx")
-    assert note.startswith("0 of 7 layers compute in half")
-
-
 def test_a_graph_with_half_input_and_output_is_fed_halves(tiny_onnx, tmp_path):
     graph = onnx.load(tiny_onnx.path)
     model = plugins.load_precision("fp16", {"half_io": True}).convert(graph, {}, np.empty(0)).model

@@ -20,11 +20,13 @@ from exporter.records.asked import (
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
 from exporter.records.calibration import Convergence, Curve
 from exporter.records.cost import Cost, Latency, LayerCost
+from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+from exporter.records.worth import Comparison, Recommendation
 
 __all__ = [
     "FEW_IMAGES",
@@ -35,9 +37,12 @@ __all__ = [
     "Asked",
     "BatchRange",
     "Calibration",
+    "Comparison",
     "Convergence",
     "Cost",
     "Curve",
+    "Executed",
+    "Execution",
     "Fate",
     "Feed",
     "Fidelity",
@@ -53,6 +58,7 @@ __all__ = [
     "Parity",
     "ParityInputs",
     "Quantised",
+    "Recommendation",
     "Repair",
     "Report",
     "Rung",

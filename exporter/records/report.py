@@ -9,16 +9,21 @@ from exporter.records.asked import TensorSpec
 from exporter.records.base import Found, Verdict, worst
 from exporter.records.calibration import Convergence
 from exporter.records.cost import Cost, Latency
+from exporter.records.execution import Execution
 from exporter.records.fidelity import LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
+from exporter.records.worth import Comparison, Recommendation, recommend
+
+_BASELINES = ("fp32", "fp16")  # what fewer bits are compared with, on the same runtime
 
 
 class Artefact(Found, frozen=True):
     """What one runtime runs for one precision: the ONNX file itself, or an engine made from it.
 
-    ``not_run`` says why it could not be executed here, ``refused`` why it could not be made.
+    ``not_run`` says why it could not be executed here, ``refused`` why it could not be made;
+    ``execution`` is None where no layer asks for fewer bits than 32.
     """
 
     precision: str
@@ -31,6 +36,7 @@ class Artefact(Found, frozen=True):
     notes: tuple[str, ...] = ()
     parity: tuple[Parity, ...] = ()
     rung: Rung | None = None
+    execution: Execution | None = None
 
     @property
     def name(self) -> str:
@@ -172,6 +178,32 @@ class Report(Found, frozen=True):
     @property
     def verdict(self) -> Verdict:
         return "fail" if self.failures else worst(artefact.verdict for artefact in self.artefacts)
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Return every artefact of fewer bits beside FP32 and FP16 on the same runtime."""
+        timed = {(latency.name, latency.batch): latency for latency in self.latency}
+        return tuple(
+            Comparison.of(latency, timed[baseline, latency.batch])
+            for artefact in self.artefacts
+            if artefact.precision != "fp32"
+            for latency in self.latency
+            if latency.name == artefact.name
+            for baseline in (f"{precision} on {artefact.runtime}" for precision in _BASELINES)
+            if baseline != artefact.name and (baseline, latency.batch) in timed
+        )
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """Return what to ship, by latency at the first batch size; None if nothing was timed."""
+        verdicts = {artefact.name: artefact.verdict for artefact in self.artefacts}
+        return recommend(
+            [
+                (latency, verdicts[latency.name])
+                for latency in self.latency
+                if latency.name in verdicts and latency.batch == self.latency[0].batch
+            ]
+        )
 
     def raise_for_parity(self) -> None:
         """Raise `ParityError` if a gate was missed, or could not be shown to be met.

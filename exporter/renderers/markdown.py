@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from exporter.records import Artefact, Cost, Latency, Parity, Report
+from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
 from exporter.renderers import _quantised as quantised
@@ -17,6 +18,7 @@ def render(report: Report) -> str:
         _head(report),
         _artefacts(report),
         _ladder(report),
+        _execution(report),
         _losses(report),
         _quantised(report),
         _parity(report),
@@ -24,6 +26,7 @@ def render(report: Report) -> str:
         _fold(report),
         _cost(report),
         _latency(report),
+        _worth(report),
         _environment(report),
     )
     return "\n".join(line for section in sections for line in (*section, ""))
@@ -90,6 +93,42 @@ def _ladder(report: Report) -> list[str]:
         "the artefact's own tensors, each in multiples of its own rounding.",
         *([""] if any(ladder.findings(report)) else []),
         *(f"- {_escape(line)}" for line in ladder.findings(report)),
+    ]
+
+
+def _execution(report: Report) -> list[str]:
+    """Show in which type each layer that was asked for fewer bits really ran."""
+    asked = [artefact for artefact in report.artefacts if artefact.execution]
+    if not asked:
+        return []
+    lines = [
+        "## Did it happen?",
+        "",
+        "Of every layer whose weights are stored in fewer than 32 bits, the type it ran in, as the "
+        "runtime tells it. What is read from an engine that was not run is a hint; what is not "
+        "told is not taken to have happened.",
+        "",
+    ]
+    for artefact in asked:
+        lines += [f"- {artefact.name}: {_escape(line)}" for line in execution.happened(artefact)]
+        if artefact.execution:
+            lines += [f"  - {_escape(line)}" for line in execution.missed(artefact.execution)]
+    return lines
+
+
+def _worth(report: Report) -> list[str]:
+    """Show whether fewer bits were faster, and what to ship."""
+    lines = [execution.compared(report, one) for one in report.comparisons]
+    lines += execution.recommended(report)
+    if not lines:
+        return []
+    return [
+        "## Was it worth it?",
+        "",
+        "Medians of latency beside those of FP32 and FP16 on the same runtime, with the 95 % "
+        "interval of their ratio (bootstrap over pairs, as all were timed in turn).",
+        "",
+        *(f"- {_escape(line)}" for line in lines),
     ]
 
 

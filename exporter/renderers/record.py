@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from exporter.errors import InputRefused
-from exporter.records import SCHEMA, Artefact, Cost, Found, Latency, Parity, Report, Rung
+from exporter.records import SCHEMA, Artefact, Cost, Execution, Found, Latency, Parity, Report, Rung
 
 
 def render(report: Report) -> str:
@@ -19,6 +19,9 @@ def render(report: Report) -> str:
     table = {"schema": table.pop("schema"), "verdict": report.verdict, **table}
     table["failures"] = list(report.failures)
     table["unproven"] = list(report.unproven)
+    table["comparisons"] = [{**c._asdict(), "speed": c.speed} for c in report.comparisons]
+    recommended = report.recommendation
+    table["recommendation"] = recommended._asdict() if recommended else None
     for parity, entry in zip(report.pytorch, table["pytorch"], strict=True):
         entry |= _parity(parity)
     for variant, entry in zip(report.variants, table["variants"], strict=True):
@@ -57,6 +60,8 @@ def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
         entry |= _parity(parity)
     if artefact.rung:
         _rung(artefact.rung, part["rung"])
+    if artefact.execution:
+        part["execution"] |= _execution(artefact.execution)
     return {
         "name": artefact.name,
         "verdict": artefact.verdict,
@@ -64,6 +69,15 @@ def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
         "quality": artefact.quality,
         "failures": list(artefact.failures),
         "unproven": list(artefact.unproven),
+    }
+
+
+def _execution(execution: Execution) -> dict[str, Any]:
+    return {
+        "hint": execution.hint,
+        "counts": execution.counts,
+        "missed": [layer.layer for layer in execution.missed],
+        "untold": [layer.layer for layer in execution.untold],
     }
 
 

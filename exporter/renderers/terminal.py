@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.records import Report
+from exporter.records import Comparison, Report
+from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 
 if TYPE_CHECKING:
@@ -47,12 +48,15 @@ def render(report: Report, folder: Path) -> RenderableType:
         *(Text(line, style=COLOURS["not checked"]) for line in not_run(report)),
         *(Text(f"{a.name}: {note}") for a in report.artefacts for note in a.notes),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
+        *(Text(f"{a.name}: {line}") for a in report.artefacts for line in execution.happened(a)),
+        *(Text(execution.compared(report, one)) for one in _with_fp32(report)),
         *(Text(f"missed: {failure}", style=COLOURS["fail"]) for failure in report.failures),
         *(
             Text(f"not enough evidence: {phrase}", style=COLOURS["not enough evidence"])
             for phrase in report.unproven
         ),
         *(Text(f"in doubt: {doubt}", style="yellow") for doubt in report.doubts),
+        *(Text(line) for line in execution.recommended(report)),
         Text(f"{report.verdict}: {folder / 'report.md'}", style=COLOURS[report.verdict]),
     ]
     return Group(*lines)
@@ -64,6 +68,12 @@ def _verdict(said: str) -> Text:
 
     word = said.partition(":")[0]
     return Text(word, style=COLOURS.get(word.lower(), ""))
+
+
+def _with_fp32(report: Report) -> list[Comparison]:
+    """Return the comparisons for the summary: with FP32, at the first batch size."""
+    first = report.latency[0].batch if report.latency else 0
+    return [c for c in report.comparisons if c.batch == first and c.baseline.startswith("fp32 on ")]
 
 
 def not_run(report: Report) -> list[str]:

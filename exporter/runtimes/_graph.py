@@ -46,21 +46,6 @@ def has_float8(graph: onnx.GraphProto) -> bool:
     return any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer)
 
 
-def has_half(graph: onnx.GraphProto) -> bool:
-    """Return whether a constant is stored as half."""
-    import onnx
-
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
-
-
-def half_layers(graph: onnx.GraphProto) -> int:
-    """Return how many weighted layers read half weights."""
-    import onnx
-
-    half = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
-    return sum(node.op_type in WEIGHTED and node.input[1] in half for node in graph.node)
-
-
 def dequantised_weights(graph: onnx.GraphProto) -> set[str]:
     """Return the tensors that are stored quantised and dequantised in the graph."""
     stored = {tensor.name for tensor in graph.initializer}

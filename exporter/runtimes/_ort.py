@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Plugin, Session
 from exporter.errors import BuildError
-from exporter.records import Feed, OnnxModel, Outputs, check_threads
+from exporter.records import Execution, Feed, OnnxModel, Outputs, check_threads
+from exporter.runtimes import _ort_audit
+from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import (
-    WEIGHTED,
     dequantised_weights,
-    half_layers,
     has_float8,
-    has_half,
     has_half_scales,
     is_quantised,
     read_graph,
@@ -26,8 +26,6 @@ from exporter.runtimes._graph import (
 
 if TYPE_CHECKING:
     import onnx
-
-INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 
 # With its default optimisations ONNX Runtime's CPU provider computes wrong results for graphs whose
 # Q/DQ scales are half, or that have FP8: it is told to run their pairs as they are written. Where
@@ -62,48 +60,57 @@ class OnnxRuntime(Plugin, frozen=True):
         return model.path
 
     def describe(self, path: Path) -> tuple[str, ...]:
-        """Say what runs otherwise than the file reads, by asking for the optimised graph."""
+        """Say with which options a graph is run that would else be computed wrongly, or slower."""
         graph = read_graph(path)
-        layers = sum(node.op_type in WEIGHTED for node in graph.node)
-        notes = []
         if has_float8(graph):
-            notes.append(
+            return (
                 f"run with {_AS_WRITTEN}=1 and without {' and '.join(NOT_FOR_FP8)}, as this graph "
-                "has FP8"
+                "has FP8",
             )
-        elif has_half_scales(graph):
-            notes.append(f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half")
-        if dequantised_weights(graph) and not is_quantised(graph):
-            notes.append(
+        if has_half_scales(graph):
+            return (f"run with {_AS_WRITTEN}=1, as this graph's quantisation scales are half",)
+        if _only_weights(graph):
+            return (
                 "weights are dequantised once, when the file is loaded: the file is smaller, and "
-                "expect no gain beside that"
+                "expect no gain beside that",
             )
-        if not (has_half(graph) or is_quantised(graph)):
-            return tuple(notes)
-        executed = self._optimised(path)
-        if is_quantised(graph):
-            integer = sum(node.op_type in INTEGER for node in executed.node)
-            stored = dequantised_weights(graph)
-            quantised = sum(n.op_type in WEIGHTED and n.input[1] in stored for n in graph.node)
-            kind, kernels = ("FP8", "FP8") if has_float8(graph) else ("INT8", "integer")
-            notes.append(
-                f"{integer} of {quantised} {kind} layers run as {kernels} kernels"
-                + ("" if integer else ": they compute in float between Q and DQ, so expect no gain")
-            )
-        if has_half(graph) and (half := half_layers(executed)) < layers:
-            notes.append(
-                f"{half} of {layers} layers compute in half: for the others this provider has no "
-                "such kernel, so it rounds their weights to half and their activations not at all"
-            )
-        return tuple(notes)
+        return ()
 
-    def _optimised(self, path: Path) -> onnx.GraphProto:
+    def executed(self, model: OnnxModel, path: Path) -> Execution | None:
+        """Return what the profile of one run says, beside the graph as it was optimised."""
+        graph = read_graph(path)
+        if not (asked := asked_layers(graph)):
+            return None
+        if reason := self.missing("run"):
+            return Execution("profile", unknown=reason)
+        optimised, kernels = self._profile(model, path)
+        layers = _ort_audit.executed(
+            asked,
+            graph,
+            optimised,
+            kernels,
+            as_written=_AS_WRITTEN if has_half_scales(graph) else None,
+            explain=self.device == "cpu",
+        )
+        return Execution("profile", layers)
+
+    def _profile(
+        self, model: OnnxModel, path: Path
+    ) -> tuple[onnx.GraphProto, dict[str, _ort_audit.Kernel]]:
+        import numpy as np
+
+        spec = model.input
+        zeros = np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
         with TemporaryDirectory() as folder:
             written = Path(folder, "optimised.onnx")
             options = self._session_options(path)
             options.optimized_model_filepath = str(written)
-            self._load(path, options)
-            return read_graph(written)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "profile"))
+            session = self._load(path, options)
+            _Session(session, self.device, 1)({spec.name: zeros})
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+            return read_graph(written), _ort_audit.kernels(events)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Session]:
@@ -119,8 +126,7 @@ class OnnxRuntime(Plugin, frozen=True):
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = read_graph(path)
-        alone = dequantised_weights(graph) and not is_quantised(graph)
-        if alone or has_half_scales(graph) or has_float8(graph):
+        if _only_weights(graph) or has_half_scales(graph) or has_float8(graph):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 
@@ -180,6 +186,10 @@ class _Session:
         return {
             name: value.astype("float16") if name in half else value for name, value in feed.items()
         }
+
+
+def _only_weights(graph: onnx.GraphProto) -> bool:
+    return bool(dequantised_weights(graph)) and not is_quantised(graph)
 
 
 def as_float8(value: Any, kind: str) -> Any:

@@ -15,10 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.contracts import Plugin, Session
+from exporter.contracts import Action, Plugin, Session
 from exporter.errors import BuildError
-from exporter.records import Feed, OnnxModel, Outputs
-from exporter.runtimes import _cuda
+from exporter.records import Execution, Feed, OnnxModel, Outputs
+from exporter.runtimes import _cuda, _engine
+from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import check_quantisation, read_graph
 
 if TYPE_CHECKING:
@@ -53,6 +54,37 @@ class TensorRt(Plugin, frozen=True):
     def describe(self, path: Path) -> tuple[str, ...]:
         return ("TF32 allowed",) if self.tf32 else ()
 
+    def missing(self, action: Action) -> str | None:
+        """Return what is missing to build or to run."""
+        return self._missing_package() or _cuda.missing_to_run()
+
+    def executed(self, model: OnnxModel, path: Path) -> Execution | None:
+        """Return what the engine inspector says, or, where none can be had, the engine's text."""
+        if not (asked := asked_layers(read_graph(model.path))):
+            return None
+        reason = self.missing("run")
+        if not reason and (layers := _engine.inspected(self._inspect(model, path), asked)):
+            return Execution("engine inspector", layers)
+        if layers := _engine.read_text(path.read_bytes(), asked):
+            return Execution("engine text", layers)
+        return Execution(
+            "engine inspector", unknown=reason or "the engine inspector names no layer's types"
+        )
+
+    def _inspect(self, model: OnnxModel, path: Path) -> str:
+        """Return the engine inspector's JSON, for the batch that the engine is tuned for."""
+        trt = import_module(self.package)
+        said = _listen(trt)
+        runtime = trt.Runtime(said.logger)
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise self._refused(path, said.errors)
+        context = self._context(trt, engine)
+        context.set_input_shape(model.input.name, (model.batch.opt, *model.input.shape))
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context  # else formats are not told of dynamic shapes
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
     def build(self, model: OnnxModel, folder: Path) -> Path:
         """Write ``<model>.<runtime>.engine`` into ``folder`` and return its path."""
         graph = read_graph(model.path)
@@ -71,6 +103,7 @@ class TensorRt(Plugin, frozen=True):
         config = builder.create_builder_config()
         if not self.tf32:
             config.clear_flag(trt.BuilderFlag.TF32)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # types, for `executed`
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)
         self._set_targets(trt, config)
         shapes = builder.create_optimization_profile()

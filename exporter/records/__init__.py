@@ -22,6 +22,7 @@ from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
 
 __all__ = [
     "SCHEMA",
@@ -29,7 +30,9 @@ __all__ = [
     "Artefact",
     "Asked",
     "BatchRange",
+    "Budget",
     "Calibration",
+    "Candidate",
     "Cost",
     "Fate",
     "Feed",
@@ -41,6 +44,7 @@ __all__ = [
     "Latency",
     "LayerCost",
     "LayerError",
+    "Objective",
     "OnnxModel",
     "Outputs",
     "Parity",
@@ -49,11 +53,13 @@ __all__ = [
     "Repair",
     "Report",
     "Rung",
+    "Sensitivity",
     "Source",
     "Stage",
     "TensorSpec",
     "Timing",
     "Tolerance",
+    "TuneReport",
     "Variant",
     "Verdict",
     "WorstCase",

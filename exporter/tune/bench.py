@@ -1,0 +1,219 @@
+"""What makes and measures the candidates of a search, and keeps what was measured.
+
+    sensitivity   one layer quantised, all others kept in float: its outputs against FP32's
+    candidate     as the pipeline would make it, in the runtime: its outputs against float64 PyTorch
+
+Both on training images that calibration did not draw. One layer alone, and not all but one, since
+then its own error is what is seen: among twenty others of like size it would drown. For the order
+alone, which is all that is asked of it, `FEW` calibration samples are enough for a precision that
+searches on them; the statistics are those of all of them, and taken once.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import onnx
+
+from exporter.contracts import Precision, Progress, Runtime, Session, silent
+from exporter.errors import BuildError, ExportError, GraphError, with_hint
+from exporter.graphs import convert, statistics_of
+from exporter.job import Job
+from exporter.parity import compare_outputs
+from exporter.plugins import load_precision, load_runtime
+from exporter.records import Array, Candidate, File, OnnxModel, Sensitivity
+from exporter.reference import TorchSession
+from exporter.runtimes._graph import WEIGHTED, dequantised_weights
+from exporter.samples import Samples
+from exporter.tune.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FEW = 32  # samples: calibration's for one layer alone, and those that its error is measured on
+
+
+@dataclass(slots=True)
+class Bench:
+    """A job's graph, the precision whose option ``keep`` is varied, and where candidates run."""
+
+    job: Job
+    source: OnnxModel
+    graph: onnx.ModelProto
+    precision: str
+    runtime_name: str
+    runtime: Runtime
+    validation: Samples
+    state: State
+    open_sessions: ExitStack
+    _statistics: Mapping[str, Any] = field(default_factory=dict)
+    _truth: Array | None = None
+    _single: Array | None = None
+    _built: dict[str, Path] = field(default_factory=dict)
+
+    # ── What is quantised, and what that does ───────────────────────────────────────
+
+    def layers(self) -> list[str]:
+        """Return the layers that the precision quantises as the profile has it, in graph order."""
+        model = self._convert(self._variant(self._kept_anyway()), samples=FEW, progress=silent)
+        stored = dequantised_weights(model.graph)
+        return [
+            node.name
+            for node in model.graph.node
+            if node.op_type in WEIGHTED and node.input[1] in stored
+        ]
+
+    def sensitivity(self, layer: str, layers: list[str]) -> Sensitivity:
+        """Return what quantising this layer alone does to the outputs."""
+        import numpy as np
+
+        rest = self.keeping([other for other in layers if other != layer])
+        try:
+            model = self._convert(self._variant(rest), samples=FEW, progress=silent)
+            got = self._run_graph(model)
+        except ExportError as error:
+            return Sensitivity(layer, None, with_hint(error))
+        if not np.isfinite(got).all():
+            return Sensitivity(layer, None)
+        return Sensitivity(layer, compare_outputs(self._fp32(), got, inputs="").rel_l2)
+
+    def keeping(self, layers: list[str]) -> tuple[str, ...]:
+        """Return the option that keeps these layers, and those that the profile keeps, in order."""
+        kept = {*layers, *self._kept_anyway()}
+        return tuple(node.name for node in self.graph.graph.node if node.name in kept)
+
+    def _kept_anyway(self) -> tuple[str, ...]:
+        return tuple(self.job.profile.precision[self.precision].options.get("keep", ()))
+
+    def _variant(self, keep: tuple[str, ...]) -> Precision:
+        options = self.job.profile.precision[self.precision].options
+        return load_precision(self.precision, {**options, "keep": list(keep)})
+
+    def _convert(
+        self, precision: Precision, *, samples: int | None, progress: Progress
+    ) -> onnx.ModelProto:
+        return self._converted(self.precision, precision, samples=samples, progress=progress)[0]
+
+    def _converted(
+        self, name: str, precision: Precision, *, samples: int | None, progress: Progress
+    ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+        calibration = self.job.calibration
+        if precision.needs_calibration and not self._statistics:
+            self._statistics = statistics_of(self.job, self.graph)
+        inputs = self.validation.inputs[:0] if calibration is None else calibration.inputs[:samples]
+        return convert(name, precision, self.graph, self._statistics, inputs, progress=progress)
+
+    def _run_graph(self, model: onnx.ModelProto) -> Array:
+        """Return a graph's outputs on a few samples, in ONNX Runtime on the CPU, wherever else."""
+        runtime = load_runtime("ort-cpu", self.job.profile.runtime.get("ort-cpu", {}))
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "one.onnx")
+            onnx.save(model, path)
+            with runtime.open(path) as session:
+                return self.job.outputs(session, self.validation.inputs[:FEW])
+
+    def _fp32(self) -> Array:
+        if self._single is None:
+            self._single = self._run_graph(self.graph)
+        return self._single
+
+    # ── Candidates ──────────────────────────────────────────────────────────────────
+
+    def judge(
+        self,
+        name: str,
+        precision: str,
+        keep: tuple[str, ...] | None = None,
+        *,
+        beside: Sequence[Candidate] = (),
+    ) -> Candidate:
+        """Make a candidate and run it on the validation samples, unless that was done before.
+
+        One whose graph is that of one ``beside`` it takes over what that has shown.
+        """
+        known = self.state.candidate(precision, keep)
+        if known is not None:
+            return known
+        made = self._made(Candidate(name, precision, keep))
+        twin = next((other for other in beside if self._is_same(made, other)), None)
+        if twin:
+            made = msgspec.structs.replace(made, parity=twin.parity, same_as=twin.name)
+        elif made.refused is None:
+            made = self._compared(made)
+        self.state.add(made)
+        return made
+
+    def _made(self, candidate: Candidate) -> Candidate:
+        """Write the candidate's graph."""
+        name, keep = candidate.name, candidate.keep
+        chosen = self.job.precisions[candidate.precision] if keep is None else self._variant(keep)
+        path = self.state.graphs() / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.onnx"
+        try:
+            model, notes = self._converted(
+                candidate.precision, chosen, samples=None, progress=self.job.stage
+            )
+        except GraphError as error:
+            return msgspec.structs.replace(candidate, refused=with_hint(error))
+        onnx.save(model, path)
+        file = File.of(path, self.state.folder)
+        return msgspec.structs.replace(candidate, file=file, notes=notes)
+
+    def _is_same(self, one: Candidate, other: Candidate) -> bool:
+        """Return whether two graphs have the same nodes and constants, whatever they declare."""
+        if not (self.state.has_graph(one) and self.state.has_graph(other)):
+            return False
+        assert one.file
+        assert other.file
+        (a, b) = (onnx.load(self.state.folder / file.name).graph for file in (one.file, other.file))
+        return list(a.node) == list(b.node) and list(a.initializer) == list(b.initializer)
+
+    def _compared(self, candidate: Candidate) -> Candidate:
+        truth = self._float64()
+        try:
+            with ExitStack() as stack:
+                session = stack.enter_context(self.runtime.open(self._path(candidate)))
+                size = self.job.profile.batch.opt
+                total = -(-len(self.validation.inputs) // size)
+                with self.job.stage(f"{candidate.name}: validate", total) as advance:
+                    got = self.job.outputs(session, self.validation.inputs, advance)
+        except BuildError as error:
+            return msgspec.structs.replace(candidate, refused=with_hint(error))
+        labels, origin = self.validation.labels, self.validation.origin
+        parity = compare_outputs(truth, got, inputs=origin, labels=labels)
+        return msgspec.structs.replace(candidate, parity=parity)
+
+    def _float64(self) -> Array:
+        """Return the unfolded network's outputs on the validation samples, in float64."""
+        if self._truth is None:
+            session = TorchSession.of(self.job.module, self.job.model.output.name, double=True)
+            total = -(-len(self.validation.inputs) // self.job.profile.batch.opt)
+            with self.job.stage("run PyTorch in float64", total) as advance:
+                self._truth = self.job.outputs(session, self.validation.inputs, advance)
+        return self._truth
+
+    def session(self, candidate: Candidate) -> Session:
+        """Return the candidate as it runs, and keep it open; its graph is made anew if it went."""
+        if not self.state.has_graph(candidate):
+            again = self._made(msgspec.structs.replace(candidate, file=None, refused=None))
+            if again.file != candidate.file:
+                raise GraphError(
+                    f"{candidate.name} did not come out as it did before, so its figures do not "
+                    "hold",
+                    hint="begin anew with --restart",
+                )
+        return self.open_sessions.enter_context(self.runtime.open(self._path(candidate)))
+
+    def _path(self, candidate: Candidate) -> Path:
+        """Return the file that the runtime opens."""
+        assert candidate.file is not None  # it was made
+        if candidate.name not in self._built:
+            path = self.state.folder / candidate.file.name
+            model = self.source._replace(path=path, precision=candidate.precision)
+            self._built[candidate.name] = self.runtime.build(model, path.parent)
+        return self._built[candidate.name]

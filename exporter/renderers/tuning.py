@@ -52,9 +52,17 @@ def _row(report: TuneReport, candidate: Candidate) -> Row:
         drop=figures.share(drop),
         latency=figures.milliseconds(candidate.latency),
         size=figures.size(candidate.file),
-        budget="FAIL: not made" if candidate.refused else "yes" if good else "no",
+        budget=_budget(candidate, is_good=good),
         front="yes" if name in report.front else "",
     )
+
+
+def _budget(candidate: Candidate, *, is_good: bool) -> str:
+    if candidate.refused:
+        return "FAIL: not made"
+    if candidate.same_as:
+        return f"is {candidate.same_as}"
+    return "yes" if is_good else "no"
 
 
 def said(report: TuneReport) -> Iterator[str]:
@@ -148,7 +156,7 @@ def to_markdown(report: TuneReport) -> str:
                 (
                     s.layer,
                     s.refused or figures.decibels(s.sqnr_db) or "not finite",
-                    _place(report, s.layer in kept),
+                    _place(report, is_kept=s.layer in kept),
                 )
                 for s in order
             ),
@@ -170,7 +178,7 @@ def to_markdown(report: TuneReport) -> str:
     return "\n".join((*lines, ""))
 
 
-def _place(report: TuneReport, is_kept: bool) -> str:
+def _place(report: TuneReport, *, is_kept: bool) -> str:
     chosen = report.chosen
     if chosen is None:
         return ""

@@ -91,7 +91,8 @@ def said(report: TuneReport) -> Iterator[str]:
 
 def confirmed(parity: Parity) -> str:
     """Return what the samples that the search never saw show of the choice."""
-    text = f"confirmed on the {parity.inputs}: {figures.decibels(parity.sqnr_db) or 'not finite'}"
+    sqnr = figures.decibels(parity.sqnr_db) or "not finite"
+    text = f"the choice on the {parity.inputs}, which the search never saw: {sqnr}"
     bounds = parity.accuracy_drop_bounds
     if bounds is None or parity.accuracy_drop is None:
         return text

@@ -232,8 +232,8 @@ class Search:
         )
         if self.skipped:
             yield (
-                f"{self.skipped} more candidates were not tried, as half of {self.minutes:g} "
-                "minutes were up"
+                f"{self.skipped} more candidates were not tried, as half of the {self.minutes:g} "
+                "minutes were up: call it again, and they are, or raise --minutes"
             )
         if chosen is None:
             yield f"no candidate keeps the budget: {self.budget}"

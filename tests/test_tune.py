@@ -359,17 +359,27 @@ def test_an_interrupted_search_goes_on_and_computes_nothing_twice(
     assert figures_of(report) == figures_of(whole)
 
 
-def test_another_budget_uses_what_was_measured_and_makes_only_new_candidates(
-    planted, search, monkeypatch
-):
-    search(objective="size", min_sqnr=1.0)
+def test_another_budget_uses_what_was_measured(planted, search, monkeypatch):
+    first = search(objective="size", min_sqnr=1.0)
     calls: list[Any] = []
     with monkeypatch.context() as patch:
         for name in ("sensitivity", "_compared"):
             patch.setattr(Bench, name, stopping(getattr(Bench, name), calls, -1))
-        report = search(objective="latency", min_sqnr=1.0)
+        report = search(objective="size", min_sqnr=2.0)
     assert calls == []
+    assert figures_of(report)[:3] == figures_of(first)[:3]
     assert all(c.latency for c in report.candidates if not c.same_as)
+
+
+def test_candidates_of_another_order_are_told_apart(planted, search):
+    search(objective="size", min_sqnr=1.0)
+    report = search(objective="latency", min_sqnr=1.0)
+    assert len({c.name for c in report.candidates}) == len(report.candidates)
+    assert len({(c.precision, c.keep) for c in report.candidates}) == len(report.candidates)
+    fresh = search("fresh", objective="latency", min_sqnr=1.0)
+    assert [(c.name, c.keep, c.parity) for c in report.candidates] == [
+        (c.name, c.keep, c.parity) for c in fresh.candidates
+    ]
 
 
 def test_a_search_made_with_something_else_is_refused_by_name_and_can_begin_anew(
@@ -417,7 +427,7 @@ def test_the_profile_that_is_written_makes_the_chosen_graph_byte_for_byte(
     search, tiny_model, weights, tmp_path
 ):
     two = only("fp32", "int8")
-    floor = sqnr(search(objective="size", min_sqnr=1.0, profile=two), "int8 keeping 1")
+    floor = sqnr(search(objective="size", min_sqnr=1.0, profile=two), "int8 keeping 1 light")
     report = search(objective="size", min_sqnr=floor + 1e-9, profile=two)
     assert report.chosen.precision == "int8"
     assert len(report.chosen.keep) >= 1
@@ -493,15 +503,22 @@ def test_too_few_training_images_are_refused(search):
         search(min_sqnr=1.0, profile=greedy)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_folder_that_cannot_be_is_refused_before_any_work(search, tmp_path, name):
+    (tmp_path / "file").write_text("", "utf-8")
+    with refused(OutputError, "cannot write"):
+        search(name, min_sqnr=1.0)
+
+
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(search, tmp_path):
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune/thesis.tex").write_text("years of work", "utf-8")
     for restart in (False, True):
-        with refused(OutputError, "tune holds files", "'thesis.tex'", hint=("--out",)):
+        with refused(OutputError, "tune' holds files", "'thesis.tex'", hint=("--out",)):
             search(min_sqnr=1.0, restart=restart)
     assert [path.name for path in (tmp_path / "tune").iterdir()] == ["thesis.tex"]
     (tmp_path / "file").write_text("", "utf-8")
-    with refused(OutputError, "file is not a folder"):
+    with refused(OutputError, "file' is not a folder"):
         search("file", min_sqnr=1.0)
 
 
@@ -570,6 +587,7 @@ def test_an_interrupted_command_exits_130_and_says_that_it_goes_on(command, tmp_
         ("--min-sqnr 40 --runtime ort-gpu", "no runtime in the profile named 'ort-gpu'"),
         ("--min-sqnr 40 --precision int4", "the profile has no table [precision.int4]"),
         ("--min-sqnr 40 --precision fp16", "fp16 has no option 'keep'"),
+        ("--min-sqnr 40 --minutes nan", "minutes must be 0 or more and finite, found nan"),
     ],
 )
 def test_a_bad_budget_gets_one_sentence_and_exit_code_2(tmp_path, args, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 from exporter.parity import compare_outputs
 from exporter.records import Budget, Candidate, File, Latency, Sensitivity
 from exporter.tune.loop import does_it_pay, tuned
-from exporter.tune.search import choose, front, grid, is_slower, next_count, ranked, to_spare
+from exporter.tune.search import choose, front, grid, is_slower, next_count, ranked
 
 
 def timed(name: str, *milliseconds: float) -> Latency:
@@ -72,10 +73,26 @@ def test_the_most_sensitive_layer_is_first_and_what_could_not_be_measured_before
     assert found[3].sqnr_db == math.inf
 
 
-def test_layers_with_most_work_are_given_back_first_but_never_the_last_that_was_needed():
-    work = {"a": 1, "b": 5, "c": 3, "d": 9, "e": 2, "f": 4, "g": 99}
-    assert to_spare(["a", "b", "c", "d", "e", "f", "g"], work) == ["d", "b", "f", "c"]
-    assert to_spare(["a"], work) == []
+def test_by_work_the_kept_layers_cost_least_for_the_error_that_is_left():
+    """Against all subsets: what a greedy set costs is at most one layer from the best."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        errors, work = rng.random(8), rng.integers(1, 100, 8)
+        names = list("abcdefgh")
+        found = [Sensitivity(n, float(e)) for n, e in zip(names, errors, strict=True)]
+        order = ranked(found, dict(zip(names, map(int, work), strict=True)))
+        chosen_error = {n: e**2 for n, e in zip(names, errors, strict=True)}
+        cost = dict(zip(names, work, strict=True))
+        for count in range(9):
+            kept = order[:count]
+            left = sum(chosen_error[n] for n in names if n not in kept)
+            best = min(
+                sum(cost[n] for n in some)
+                for size in range(9)
+                for some in combinations(names, size)
+                if sum(chosen_error[n] for n in names if n not in some) <= left + 1e-12
+            )
+            assert sum(cost[n] for n in kept) == best
 
 
 @pytest.mark.parametrize("turns", [1, 4, 5, 20, 60])

@@ -146,8 +146,10 @@ def to_markdown(report: TuneReport) -> str:
         "candidates take turns; an interrupted search keeps sensitivities and SQNR, and takes the "
         "latencies again. A candidate is on the front if none is at least as good in SQNR, latency "
         "and size, and better in one. Of candidates that are not shown to be slower than the "
-        "fastest (sign test over the turns, 95 %), the most exact is chosen. Whether an artefact "
-        "computes its graph (fidelity) is judged when the profile is exported.",
+        "fastest (sign test over the turns, 95 %), the most exact is chosen. One that keeps 3 has "
+        "the three most sensitive layers in float, and one that keeps 3 light those whose error is "
+        "largest against their work (for size: their parameters). Whether an artefact computes its "
+        "graph (fidelity) is judged when the profile is exported.",
         "",
         f"## What {escape(report.precision)} does to the outputs, one layer at a time",
         "",
@@ -164,8 +166,7 @@ def to_markdown(report: TuneReport) -> str:
         ),
         "",
         "Only this layer is quantised, and the outputs are compared with those of the FP32 graph. "
-        "Errors of layers add up nearly as independent noise does, so these are the order in which "
-        "layers are kept in float.",
+        "Errors of layers add up nearly as independent noise does.",
         "",
         "## Made with",
         "",

@@ -12,6 +12,7 @@ an interrupted search goes on; latencies are never kept, but taken again of all 
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +64,7 @@ def tune_model(
     `InputRefused` if it was made with others, `OutputError` if the folder holds something else, and
     otherwise as `exporter.run`. A budget that nothing keeps is in the report.
     """
-    _check_precision(profile, precision)
+    _check_options(profile, precision, validation=validation, minutes=minutes)
     check_folder(out)
     name, chosen = _runtime(profile, runtime)
     job = Job.resolve(
@@ -92,8 +93,12 @@ def tune_model(
 # ── What can be wrong on paper ──────────────────────────────────────────────────────
 
 
-def _check_precision(profile: Profile, precision: str) -> None:
-    """Raise `ProfileError` unless the profile has the precision, and that a layer to keep."""
+def _check_options(profile: Profile, precision: str, *, validation: int, minutes: float) -> None:
+    """Raise `ProfileError` unless the profile has the precision, and that layers to keep."""
+    if validation < FEWEST:
+        raise ProfileError(f"validation must be {FEWEST} samples or more, found {validation}")
+    if not 0 <= minutes < math.inf:
+        raise ProfileError(f"minutes must be 0 or more and finite, found {minutes:g}")
     profile.only((precision,))
     if "keep" not in options_of("precisions", precision):
         raise ProfileError(f"{precision} has no option 'keep', so that there is nothing to search")
@@ -132,7 +137,7 @@ def _validation(job: Job, count: int) -> Samples:
         raise InputRefused(
             f"{len(free)} of the {training.origin} are left to validate on, and fewer than "
             f"{FEWEST} show nothing",
-            hint="lower calibration.images, or raise --validation",
+            hint="lower calibration.images",
         )
     origin = f"{len(free)} of the {training.origin} that are not calibrated on"
     return Samples(training.inputs[free], training.labels[free], origin)

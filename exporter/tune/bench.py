@@ -11,7 +11,7 @@ searches on them; the statistics are those of all of them, and taken once.
 
 from __future__ import annotations
 
-import re
+import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +139,7 @@ class Bench:
         """
         known = self.state.candidate(precision, keep)
         if known is not None:
-            return known
+            return msgspec.structs.replace(known, name=name)
         made = self._made(Candidate(name, precision, keep))
         twin = next((other for other in beside if self._is_same(made, other)), None)
         if twin:
@@ -151,9 +151,9 @@ class Bench:
 
     def _made(self, candidate: Candidate) -> Candidate:
         """Write the candidate's graph."""
-        name, keep = candidate.name, candidate.keep
+        keep = candidate.keep
         chosen = self.job.precisions[candidate.precision] if keep is None else self._variant(keep)
-        path = self.state.graphs() / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.onnx"
+        path = self.state.graphs() / f"{_slug(candidate)}.onnx"
         try:
             model, notes = self._converted(
                 candidate.precision, chosen, samples=None, progress=self.job.stage
@@ -217,3 +217,11 @@ class Bench:
             model = self.source._replace(path=path, precision=candidate.precision)
             self._built[candidate.name] = self.runtime.build(model, path.parent)
         return self._built[candidate.name]
+
+
+def _slug(candidate: Candidate) -> str:
+    """Return a file name that is the same for the same layers, whatever they are called together."""
+    if candidate.keep is None:
+        return candidate.precision
+    digest = hashlib.sha256("\n".join(candidate.keep).encode()).hexdigest()
+    return f"{candidate.precision}-{digest[:12]}"

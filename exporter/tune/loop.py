@@ -34,6 +34,7 @@ from exporter.version import TOOL
 _USEFUL = 0.5  # accuracy below which a drop in it says little
 _BUSY, _UNSTEADY = 0.1, 1.25  # as in the pipeline: others' share of the processors, and p90 / p50
 _TRYING, _TIMING = 0.5, 0.2  # of the minutes: until when candidates are begun, and for latency
+LIGHT = " light"  # in a candidate's name: kept in the order of error against work
 _FEWEST_RUNS = 11  # of the latency, however slow a network is
 
 
@@ -52,12 +53,10 @@ class Search:
         """Search, choose, confirm, and write the folder's results."""
         job = self.bench.job
         sensitivities = self._sensitivities()
-        order = search.ranked(sensitivities)
         for name in job.precisions:
             if name != self.bench.precision:
                 self.candidates.append(self.bench.judge(name, name))
-        self._try_counts(order)
-        self._spare(order)
+        self._try_counts(sensitivities)
         sessions = self._open()
         doubts = self._time(sessions)
         chosen, nearest = search.choose(self.candidates, self.budget)
@@ -103,56 +102,48 @@ class Search:
                 advance()
         return [found for layer in layers if (found := state.sensitivity(layer))]
 
-    def _try_counts(self, order: list[str]) -> None:
-        """Find the fewest layers to keep, then fill the row up while there is time."""
-        tried: dict[int, bool] = {}
+    def _try_counts(self, sensitivities: list[Sensitivity]) -> None:
+        """Find the fewest layers to keep in both orders, then fill the row while there is time."""
+        by_error = search.ranked(sensitivities)
+        light = search.ranked(sensitivities, self._work())
         if self.budget.tolerance.bounds():
-            while (count := search.next_count(tried, len(order))) is not None:
-                tried[count] = self._try(count, order)
-        for count in search.grid(len(order)):
-            if count not in tried:
-                if count and self._is_late():
-                    self.skipped += 1
-                else:
-                    self._try(count, order)
+            self._bisect(by_error, "")
+            self._bisect(light, LIGHT)
+        for count in search.grid(len(light)):
+            self._try(count, light, LIGHT)
 
-    def _try(self, count: int, order: list[str]) -> bool:
-        """Return whether keeping the first layers is good enough."""
-        words = {0: "none", len(order): "all"}
-        name = f"{self.bench.precision} keeping {words.get(count, count)}"
-        return self._judge(name, order[:count], is_all=count == len(order))
-
-    def _judge(self, name: str, kept: list[str], *, is_all: bool = False) -> bool:
-        found = self.bench.judge(
-            name,
-            self.bench.precision,
-            self.bench.keeping(kept),
-            beside=self.candidates if is_all else (),
+    def _work(self) -> dict[str, int]:
+        """Return what keeping a layer costs: parameters where size is wanted, else MACs."""
+        budget = self.budget
+        by_size = budget.objective == "size" or (
+            budget.objective == "sqnr" and budget.max_latency is None
         )
-        self.candidates.append(found)
-        return found.is_good_enough(self.budget)
+        layers = count_flops(self.bench.graph).layers
+        return {layer.name: layer.parameters if by_size else layer.macs for layer in layers}
 
-    def _spare(self, order: list[str]) -> None:
-        """Give layers back that the smallest set within the budget does not need."""
-        sizes = {self.bench.keeping(order[:count]): count for count in range(len(order) + 1)}
-        within = [
-            sizes[c.keep]
-            for c in self.candidates
-            if c.keep in sizes and c.keep is not None and c.is_good_enough(self.budget)
-        ]
-        if not self.budget.tolerance.bounds() or not within:
-            return
-        kept = order[: min(within)]
-        cost = count_flops(self.bench.graph).layers
-        by_size = self.budget.objective == "size"
-        work = {layer.name: layer.parameters if by_size else layer.macs for layer in cost}
-        for layer in search.to_spare(kept, work):
-            if self._is_late():
+    def _bisect(self, order: list[str], suffix: str) -> None:
+        tried: dict[int, bool] = {}
+        while (count := search.next_count(tried, len(order))) is not None:
+            good = self._try(count, order, suffix, needed=not suffix)
+            if good is None:
+                return
+            tried[count] = good
+
+    def _try(
+        self, count: int, order: list[str], suffix: str, *, needed: bool = False
+    ) -> bool | None:
+        """Return whether keeping the first layers is good enough; None if there is no time left."""
+        precision, keep = self.bench.precision, self.bench.keeping(order[:count])
+        known = next((c for c in self.candidates if c.keep == keep), None)
+        if known is None:
+            if not needed and count and self._is_late():
                 self.skipped += 1
-                continue
-            fewer = [other for other in kept if other != layer]
-            if self._judge(f"{self.bench.precision} keeping {len(fewer)}, not {layer}", fewer):
-                kept = fewer
+                return None
+            word = {0: "none", len(order): "all"}.get(count, f"{count}{suffix}")
+            beside = self.candidates if count == len(order) else ()
+            known = self.bench.judge(f"{precision} keeping {word}", precision, keep, beside=beside)
+            self.candidates.append(known)
+        return known.is_good_enough(self.budget)
 
     def _is_late(self) -> bool:
         return perf_counter() - self.start > _TRYING * 60 * self.minutes

@@ -1,15 +1,18 @@
 """Which mixture to try next, and which to choose: the search, and nothing that runs.
 
-Layers are ordered by sensitivity, the most sensitive first, and a candidate keeps the first k of
-them in float. Errors of layers add up nearly as independent noise does,
+Errors of layers add up nearly as independent noise does,
 
-    ‖error of a set‖² ≈ Σ ‖error of each layer alone‖²
+    ‖error of a set‖² ≈ Σ eᵢ²        eᵢ the error of layer i alone
 
-so that the k largest terms are the best k to leave out, and the SQNR grows with k. The smallest k
-within the budget is found by bisection over k = 0, 1, 2, 3, 4, 6, 8, 12, … and then between; what
-that rests on is a rule of thumb, so each candidate is judged by its own figures, never by the
-prediction. The rest of that row follows for the Pareto front, and then layers that the smallest set
-may not need are given back one at a time, those with most work first.
+so that of all sets of k layers, the k with the largest eᵢ are best left in float for accuracy. But
+each also costs its work wᵢ, done in float then (multiply-accumulates where latency is wanted,
+parameters where size is): for an error allowed, the sum of wᵢ over what is kept is least, nearly,
+if those with the largest eᵢ² / wᵢ are kept (G. Dantzig, Operations Research 5, 1957: the knapsack,
+relaxed). So there are two orders, and candidates keep the first k of either.
+
+In each, the smallest k within the budget is found by bisection over k = 0, 1, 2, 3, 4, 6, 8, 12, …
+and then between. What that rests on is a rule of thumb, so each candidate is judged by its own
+figures, never by the prediction. The rest of that row, in the second order, fills the Pareto front.
 """
 
 from __future__ import annotations
@@ -20,8 +23,6 @@ from typing import NamedTuple
 from exporter.evidence import share_bounds
 from exporter.records import Budget, Candidate, Latency, Sensitivity
 
-SPARED = 4  # layers that are given back for a try
-
 
 class Choice(NamedTuple):
     """The candidate that is chosen, or none and the one that came nearest."""
@@ -30,13 +31,20 @@ class Choice(NamedTuple):
     nearest: Candidate | None
 
 
-def ranked(sensitivities: Iterable[Sensitivity]) -> list[str]:
-    """Return the layers, the most sensitive first; what could not be measured is before those."""
-    order = sorted(
-        sensitivities,
-        key=lambda found: (found.rel_l2 is not None, -(found.rel_l2 or 0.0), found.layer),
-    )
-    return [found.layer for found in order]
+def ranked(
+    sensitivities: Iterable[Sensitivity], work: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return the layers in the order in which they are kept, by eᵢ, or by eᵢ² / wᵢ given ``work``.
+
+    What could not be measured comes first, and a layer whose work is not known counts as work 1.
+    """
+
+    def rank(found: Sensitivity) -> tuple[bool, float, str]:
+        error = found.rel_l2 or 0.0
+        size = error if work is None else error**2 / max(1, work.get(found.layer, 1))
+        return found.rel_l2 is not None, -size, found.layer
+
+    return [found.layer for found in sorted(sensitivities, key=rank)]
 
 
 def grid(layers: int) -> list[int]:
@@ -69,14 +77,6 @@ def next_count(tried: Mapping[int, bool], layers: int) -> int | None:
     if between:
         return between[len(between) // 2]
     return (low + high) // 2 if high - low > 1 else None
-
-
-def to_spare(kept: Sequence[str], work: Mapping[str, int]) -> list[str]:
-    """Return the kept layers to give back for a try, those with most work first.
-
-    The last of them was needed, or one fewer would have been enough.
-    """
-    return sorted(kept[:-1], key=lambda layer: -work.get(layer, 0))[:SPARED]
 
 
 def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:

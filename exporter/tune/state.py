@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +36,18 @@ class _Saved(Found, frozen=True):
 
 def check_folder(folder: Path) -> None:
     """Raise `OutputError` unless the folder is not there, empty, or that of a search."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{folder.name} is not a folder, where the search would be kept")
     try:
-        every = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise OutputError(f"{str(folder)!r} is not a folder, where the search would be kept")
+        every = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise _unwritable(folder, error) from error
     found = [name for name in every if not name.endswith(_PARTIAL)]
     if found and STATE not in found:
         raise OutputError(
-            f"{folder.name} holds files that are not of a search, say {found[0]!r}",
+            f"{str(folder)!r} holds files that are not of a search, say {found[0]!r}",
             hint="name another folder with --out, or move them away",
         )
 

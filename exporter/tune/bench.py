@@ -220,7 +220,7 @@ class Bench:
 
 
 def _slug(candidate: Candidate) -> str:
-    """Return a file name that is the same for the same layers, whatever they are called together."""
+    """Return a file name that is the same for the same layers, whatever they are called."""
     if candidate.keep is None:
         return candidate.precision
     digest = hashlib.sha256("\n".join(candidate.keep).encode()).hexdigest()

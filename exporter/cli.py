@@ -285,7 +285,7 @@ def train(path: Path, model: str) -> None:
     type=click.FloatRange(0, 10_000),
     default=5.0,
     show_default=True,
-    help="How long; what the budget needs is tried however long it takes.",
+    help="How long, about: an unfinished search goes on when it is called again.",
 )
 @click.option("--restart", is_flag=True, help="Begin anew where a search was begun before.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for the export.")

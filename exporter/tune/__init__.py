@@ -57,8 +57,8 @@ def tune_model(
     """Search which layers to keep in float, and write the choice as a profile into ``out``.
 
     ``precision`` is the one whose option ``keep`` is varied, and ``runtime`` where candidates run,
-    the profile's first that can here. ``minutes`` bound how long candidates are tried that the
-    budget does not need. The rest is as for `exporter.run`.
+    the profile's first that can here. ``minutes`` are how long a search takes, about: 60 % are
+    for candidates, and one that is begun is finished. The rest is as for `exporter.run`.
 
     A search in ``out`` that was made with the same things goes on; ``restart`` begins anew. Raises
     `InputRefused` if it was made with others, `OutputError` if the folder holds something else, and

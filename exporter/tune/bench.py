@@ -5,8 +5,9 @@
 
 Both on training images that calibration did not draw. One layer alone, and not all but one, since
 then its own error is what is seen: among twenty others of like size it would drown. For the order
-alone, which is all that is asked of it, `FEW` calibration samples are enough for a precision that
-searches on them; the statistics are those of all of them, and taken once.
+alone, which is all that is asked of it, it is quantised plainly: repairs that search for minutes
+are off, and a precision that has others is given `FEW` calibration samples. The statistics are
+those of all samples, and taken once. Candidates have everything that the profile asks for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from exporter.errors import BuildError, ExportError, GraphError, with_hint
 from exporter.graphs import convert, statistics_of
 from exporter.job import Job
 from exporter.parity import compare_outputs
-from exporter.plugins import load_precision, load_runtime
+from exporter.plugins import load_precision, load_runtime, options_of
 from exporter.records import Array, Candidate, File, OnnxModel, Sensitivity
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import WEIGHTED, dequantised_weights
@@ -36,6 +37,7 @@ from exporter.tune.state import State
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+PLAIN = {"calibrator": "max", "equalise": False, "rounding": False, "bias_correction": False}
 FEW = 32  # samples: calibration's for one layer alone, and those that its error is measured on
 
 
@@ -61,7 +63,7 @@ class Bench:
 
     def layers(self) -> list[str]:
         """Return the layers that the precision quantises as the profile has it, in graph order."""
-        model = self._convert(self._variant(self._kept_anyway()), samples=FEW, progress=silent)
+        model = self._plain(self._kept_anyway())
         stored = dequantised_weights(model.graph)
         return [
             node.name
@@ -75,8 +77,7 @@ class Bench:
 
         rest = self.keeping([other for other in layers if other != layer])
         try:
-            model = self._convert(self._variant(rest), samples=FEW, progress=silent)
-            got = self._run_graph(model)
+            got = self._run_graph(self._plain(rest))
         except ExportError as error:
             return Sensitivity(layer, None, with_hint(error))
         if not np.isfinite(got).all():
@@ -91,14 +92,16 @@ class Bench:
     def _kept_anyway(self) -> tuple[str, ...]:
         return tuple(self.job.profile.precision[self.precision].options.get("keep", ()))
 
-    def _variant(self, keep: tuple[str, ...]) -> Precision:
-        options = self.job.profile.precision[self.precision].options
-        return load_precision(self.precision, {**options, "keep": list(keep)})
+    def _plain(self, keep: tuple[str, ...]) -> onnx.ModelProto:
+        """Return the graph with these layers kept and no repairs."""
+        known = options_of("precisions", self.precision)
+        plain = {name: value for name, value in PLAIN.items() if name in known}
+        precision = self._variant(keep, **plain)
+        return self._converted(self.precision, precision, samples=FEW, progress=silent)[0]
 
-    def _convert(
-        self, precision: Precision, *, samples: int | None, progress: Progress
-    ) -> onnx.ModelProto:
-        return self._converted(self.precision, precision, samples=samples, progress=progress)[0]
+    def _variant(self, keep: tuple[str, ...], **more: Any) -> Precision:
+        options = self.job.profile.precision[self.precision].options
+        return load_precision(self.precision, {**options, **more, "keep": list(keep)})
 
     def _converted(
         self, name: str, precision: Precision, *, samples: int | None, progress: Progress

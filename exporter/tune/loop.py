@@ -33,7 +33,7 @@ from exporter.version import TOOL
 
 _USEFUL = 0.5  # accuracy below which a drop in it says little
 _BUSY, _UNSTEADY = 0.1, 1.25  # as in the pipeline: others' share of the processors, and p90 / p50
-_TRYING, _TIMING = 0.5, 0.2  # of the minutes: until when candidates are begun, and for latency
+_TRYING, _TIMING = 0.6, 0.2  # of the minutes: until when candidates are begun, and for latency
 LIGHT = " light"  # in a candidate's name: kept in the order of error against work
 _FEWEST_RUNS = 11  # of the latency, however slow a network is
 
@@ -107,8 +107,8 @@ class Search:
         by_error = search.ranked(sensitivities)
         light = search.ranked(sensitivities, self._work())
         if self.budget.tolerance.bounds():
-            self._bisect(by_error, "")
             self._bisect(light, LIGHT)
+            self._bisect(by_error, "")
         for count in search.grid(len(light)):
             self._try(count, light, LIGHT)
 
@@ -124,19 +124,18 @@ class Search:
     def _bisect(self, order: list[str], suffix: str) -> None:
         tried: dict[int, bool] = {}
         while (count := search.next_count(tried, len(order))) is not None:
-            good = self._try(count, order, suffix, needed=not suffix)
+            good = self._try(count, order, suffix)
             if good is None:
                 return
             tried[count] = good
 
-    def _try(
-        self, count: int, order: list[str], suffix: str, *, needed: bool = False
-    ) -> bool | None:
+    def _try(self, count: int, order: list[str], suffix: str) -> bool | None:
         """Return whether keeping the first layers is good enough; None if there is no time left."""
         precision, keep = self.bench.precision, self.bench.keeping(order[:count])
         known = next((c for c in self.candidates if c.keep == keep), None)
         if known is None:
-            if not needed and count and self._is_late():
+            is_known = self.bench.state.candidate(precision, keep) is not None
+            if count and not is_known and self._is_late():
                 self.skipped += 1
                 return None
             word = {0: "none", len(order): "all"}.get(count, f"{count}{suffix}")
@@ -223,8 +222,8 @@ class Search:
         )
         if self.skipped:
             yield (
-                f"{self.skipped} more candidates were not tried, as half of the {self.minutes:g} "
-                "minutes were up: call it again, and they are, or raise --minutes"
+                f"{self.skipped} more candidates were not tried, as the time for that "
+                f"was up ({_TRYING:.0%} of {self.minutes:g} minutes): call it again, and they are"
             )
         if chosen is None:
             yield f"no candidate keeps the budget: {self.budget}"

@@ -30,15 +30,25 @@ if TYPE_CHECKING:
     from exporter.plugins import load_model, load_precision, load_runtime
     from exporter.profile import Profile, load_profile
     from exporter.recheck import check_bundle
-    from exporter.records import BatchRange, OnnxModel, Report, TensorSpec, Timing, Tolerance
+    from exporter.records import (
+        BatchRange,
+        Budget,
+        OnnxModel,
+        Report,
+        TensorSpec,
+        Timing,
+        Tolerance,
+    )
     from exporter.reference import TorchSession
     from exporter.to_onnx import export_onnx
+    from exporter.tune import tune_model
     from exporter.weights import load_weights
     from exporter.worst_case import Search
 
 # Where each public name lives. It is loaded on first use, so `import exporter` is instant.
 _HOME = {
     "BatchRange": "records",
+    "Budget": "records",
     "ExportError": "errors",
     "OnnxModel": "records",
     "ParityError": "errors",
@@ -63,10 +73,12 @@ _HOME = {
     "load_weights": "weights",
     "measure_latency": "latency",
     "run": "pipeline",
+    "tune_model": "tune",
 }
 
 __all__ = [
     "BatchRange",
+    "Budget",
     "ExportError",
     "OnnxModel",
     "ParityError",
@@ -92,6 +104,7 @@ __all__ = [
     "load_weights",
     "measure_latency",
     "run",
+    "tune_model",
 ]
 
 

@@ -9,6 +9,7 @@ import tomllib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, or could
 not be shown to be met, or one of several artefacts could not be made, 2 usage, 3 input refused, 4
 environment unfit, 5 disk or memory does not suffice, 130 interrupted, 143 terminated."""
+
+_LEFT = "exporter.left"  # what an interrupted command leaves behind, in words
 
 
 class Failure(click.ClickException):
@@ -43,7 +46,8 @@ class Group(click.Group):
             return super().invoke(ctx)
         except BaseException as error:  # an interrupted import or trace may end in any error
             if stopped.by:
-                click.echo("Interrupted: nothing was left behind.", err=True)
+                left = ctx.meta.get(_LEFT, "nothing was left behind")
+                click.echo(f"Interrupted: {left}.", err=True)
                 raise SystemExit(128 + stopped.by) from None
             if not isinstance(error, ExportError):
                 raise
@@ -82,6 +86,18 @@ _allow_overlap = click.option(
     is_flag=True,
     help="Calibrate even on samples that the result is judged on; the report says so.",
 )
+
+
+class Percentage(click.ParamType[float]):
+    """``0.2%``, as the share 0.002."""
+
+    name = "PERCENT"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = re.fullmatch(r"([0-9]+(\.[0-9]*)?|\.[0-9]+) *%", str(value).strip())
+        if not found:
+            self.fail(f"{value!r} is not a percentage such as 0.2%", param, ctx)
+        return float(Decimal(found[1]) / 100)
 
 
 @click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
@@ -243,6 +259,82 @@ def train(path: Path, model: str) -> None:
         trained = train_model(load_model(model), path, progress=progress)
     click.echo(f"{trained.path}: {trained.accuracy:.2%} on the held-out samples")
     click.echo(f"SHA-256 {trained.sha256}")
+
+
+@main.command()
+@click.argument("model", default="resnet18")
+@click.option(
+    "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("tune"),
+    show_default=True,
+    help="The folder of the search: its state, its results, and tuned.toml.",
+)
+@click.option("--objective", default="latency", show_default=True, help="latency, size or sqnr.")
+@click.option("--max-drop", type=Percentage(), help="The largest drop in accuracy, say 0.2%.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="The least SQNR of the outputs.")
+@click.option("--max-latency", type=float, metavar="MS", help="The largest latency of one batch.")
+@click.option("--max-size", type=float, metavar="MB", help="The largest ONNX file.")
+@click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
+@click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
+@click.option("-w", "--weights", type=click.Path(path_type=Path), help="A safetensors file.")
+@click.option("--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
+@click.option(
+    "--validation",
+    type=click.IntRange(8),
+    default=128,
+    show_default=True,
+    help="Training images, not calibrated on, that candidates are judged by.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, 10_000),
+    default=5.0,
+    show_default=True,
+    help="How long, about: an unfinished search goes on when it is called again.",
+)
+@click.option("--restart", is_flag=True, help="Begin anew where a search was begun before.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for the export.")
+@click.pass_context
+def tune(ctx: click.Context, /, **asked: Any) -> None:
+    """Search which layers of MODEL to keep in float within a budget, and write a profile of it.
+
+    Each layer's sensitivity, and each candidate's accuracy, SQNR, latency and size, are measured on
+    this machine; the choice is confirmed on the evaluation samples. An interrupted search goes on
+    when it is called again.
+    """
+    from exporter.profile import load_profile
+    from exporter.records import Budget
+    from exporter.strict import read
+
+    limits = ("max_drop", "min_sqnr", "max_latency", "max_size")
+    budget = read(Budget, {k: asked[k] for k in ("objective", *limits)}, where="the budget")
+    overrides = _overrides({"target": (), "batch": None, "settings": asked["settings"]})
+    profile = load_profile(asked["profile"], overrides)
+    ctx.meta[_LEFT] = "the same command goes on where it stopped"
+    with _bars() as progress:
+        with progress("load PyTorch", None):
+            from rich.console import Console
+
+            from exporter.renderers import tuning
+            from exporter.tune import tune_model
+        options = ("precision", "runtime", "weights", "input_shape", "calibration")
+        report = tune_model(
+            asked["model"],
+            profile,
+            asked["out"],
+            budget,
+            **{key: asked[key] for key in (*options, "validation", "minutes", "restart")},
+            progress=progress,
+        )
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, soft_wrap=True).print(tuning.render(report, asked["out"]))
+    ctx.exit(0 if report.verdict in ("pass", "not checked") else 1)
 
 
 def _export(profile: Any, asked: dict[str, Any]) -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.calibration import calibrate, convergence
-from exporter.contracts import Converted
+from exporter.contracts import Converted, Precision, Progress
 from exporter.errors import GraphError
 from exporter.job import Job
-from exporter.records import OnnxModel
+from exporter.records import Array, OnnxModel
 from exporter.samples import feeds
 from exporter.to_onnx import export_onnx
 
@@ -40,14 +40,22 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
     for name, precision in job.precisions.items():
         try:
             if precision.needs_calibration and not statistics:
-                statistics = _calibrate(job, graph)
-            made: Converted | GraphError = _convert(job, name, graph, statistics)
+                statistics = statistics_of(job, graph)
+            made: Converted | GraphError = convert(
+                name,
+                precision,
+                graph,
+                statistics,
+                job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs,
+                progress=job.stage,
+            )
         except GraphError as error:
             made = error
         yield name, made
 
 
-def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
+def statistics_of(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
+    """Return what one pass of the FP32 graph over the calibration samples sees, as a stage."""
     assert job.calibration is not None  # Job.resolve saw to it
     inputs = job.calibration.inputs
     with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
@@ -56,14 +64,19 @@ def _calibrate(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
     return found
 
 
-def _convert(
-    job: Job, name: str, graph: onnx.ModelProto, statistics: Mapping[str, Any]
+def convert(
+    name: str,
+    precision: Precision,
+    graph: onnx.ModelProto,
+    statistics: Mapping[str, Any],
+    samples: Array,
+    *,
+    progress: Progress,
 ) -> Converted:
     """Return the graph in one precision, known to be valid. Raises `GraphError`."""
     import onnx
 
-    samples = job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs
-    converted = job.precisions[name].convert(graph, statistics, samples, progress=job.stage)
+    converted = precision.convert(graph, statistics, samples, progress=progress)
     try:
         onnx.checker.check_model(converted.model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -51,7 +51,7 @@ def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> P
     if said.startswith("Invalid enum value"):
         value, allowed = str(_value(table, steps)), typing.get_args(_hint(cls, steps))
         return ProfileError(f"{place}: {value!r} is not allowed", hint=nearest(value, allowed))
-    reason = said[0].lower() + said[1:].replace("`", "").replace("object", "table")
+    reason = said[0].lower() + re.sub(r"\bobject\b", "table", said[1:].replace("`", ""))
     value = _value(table, steps)
     if reason.startswith(("expected", "invalid")) and not isinstance(value, Mapping):
         reason += f", found {value!r}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from exporter.calibrators import Calibrator, threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.errors import GraphError
 from exporter.precisions._half import to_half
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class Int8(Plugin, frozen=True):
     """Symmetric INT8: weights per channel, activations calibrated per tensor.
 
-    ``calibrator`` is ``"max"``, ``"percentile"`` (of magnitudes, at ``percentile`` %), or
+    ``calibrator`` is one of `exporter.calibrators` (``percentile`` % for the one of that name), or
     ``"auto"``: the maximum, but where another is measurably better for a tensor. ``equalise``,
     ``rounding`` and ``bias_correction`` allow the repairs of `exporter.quantisation`, each used
     where it measurably helps. ``around`` is the type of what is not quantised; ``linear`` quantises
@@ -39,7 +40,7 @@ class Int8(Plugin, frozen=True):
     ``around`` is.
     """
 
-    calibrator: Literal["auto", "max", "percentile"] = "auto"
+    calibrator: Literal["auto"] | Calibrator = "auto"
     percentile: float = 99.999
     equalise: bool = True
     rounding: bool = True
@@ -95,10 +96,7 @@ class Int8(Plugin, frozen=True):
         return Converted(quantised, notes, *more)
 
     def _threshold(self, name: str, statistics: Statistics) -> float:
-        seen = statistics[name]
-        if self.calibrator == "percentile":
-            return seen.percentile(self.percentile)
-        return seen.amax
+        return threshold(self.calibrator, statistics[name], self.percentile)
 
     def _plan(
         self,

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from exporter.contracts import Progress, Statistics, TensorStatistics
+from exporter.calibrators import CALIBRATORS, Calibrator, threshold
+from exporter.contracts import Progress, Statistics
 from exporter.quantisation.equalisation import equalise, factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.network import HIGH, Network, Scale
@@ -55,7 +56,7 @@ _SOUND = 32  # samples from which the sum decides
 class Switches:
     """What may be used: the options of the same names of `exporter.precisions.int8`."""
 
-    calibrator: Literal["auto", "max", "percentile"]
+    calibrator: Literal["auto"] | Calibrator
     percentile: float
     equalise: bool
     rounding: bool
@@ -308,21 +309,20 @@ def _thresholds(
     state: _State, switches: Switches, samples: Array, judge: _Judge, progress: Progress
 ) -> _State:
     """Return the state with the thresholds asked for, or each tensor's cheapest."""
-    calibrators: dict[str, Callable[[TensorStatistics], float]] = {
-        "percentile": lambda seen: seen.percentile(switches.percentile),
-    }
-    names = list(calibrators)
-    candidates = {
-        tensor: [
-            state.scales[tensor],
-            *(find(state.statistics[tensor]) / HIGH for find in calibrators.values()),
-        ]
-        for tensor in state.network.tensors
-    }
+
+    def scale(calibrator: str, tensor: str) -> float:
+        return threshold(calibrator, state.statistics[tensor], switches.percentile) / HIGH
+
+    tensors = state.network.tensors
     if switches.calibrator == "max":
         return state
-    if switches.calibrator == "percentile":
-        return replace(state, scales={name: scales[1] for name, scales in candidates.items()})
+    if switches.calibrator != "auto":
+        return replace(state, scales={name: scale(switches.calibrator, name) for name in tensors})
+    names = [name for name in CALIBRATORS if name != "max"]
+    candidates = {
+        tensor: [state.scales[tensor], *(scale(name, tensor) for name in names)]
+        for tensor in tensors
+    }
     scales, changed = dict(state.scales), []
     errors = measured_error(state.network, samples, candidates, progress=progress)
     for tensor, rows in errors.items():

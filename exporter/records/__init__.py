@@ -26,6 +26,7 @@ from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
 from exporter.records.worth import Comparison, Recommendation
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "Artefact",
     "Asked",
     "BatchRange",
+    "Budget",
     "Calibration",
+    "Candidate",
     "Comparison",
     "Convergence",
     "Cost",
@@ -53,6 +56,7 @@ __all__ = [
     "Latency",
     "LayerCost",
     "LayerError",
+    "Objective",
     "OnnxModel",
     "Outputs",
     "Parity",
@@ -62,11 +66,13 @@ __all__ = [
     "Repair",
     "Report",
     "Rung",
+    "Sensitivity",
     "Source",
     "Stage",
     "TensorSpec",
     "Timing",
     "Tolerance",
+    "TuneReport",
     "Variant",
     "Verdict",
     "WorstCase",

@@ -319,10 +319,10 @@ def test_auto_is_closer_than_plain_maxima_and_says_what_each_step_brought(case):
     after = sqnr(reference, emulated(made.model, HELD_OUT))
     assert after > before + 1
     assert made.repairs[0].name == "max"
-    assert made.repairs[0].sqnr_db == pytest.approx(before, abs=2)
+    assert made.repairs[0].sqnr_db == pytest.approx(before, abs=3)
     kept = [step.sqnr_db for step in made.repairs if step.kept]
     assert kept == sorted(kept)
-    assert kept[-1] == pytest.approx(after, abs=2.5)
+    assert kept[-1] == pytest.approx(after, abs=4)  # 16 samples against 200
 
 
 def test_badly_scaled_channels_are_repaired(plain, tmp_path):

@@ -299,14 +299,17 @@ def test_a_dead_weight_channel_gets_a_scale_that_is_finite_and_positive(statisti
     assert stored["w_q"].flatten().tolist() == [0, 127]
 
 
-def test_an_activation_that_calibration_never_moved_is_refused_by_name(graph, statistics):
+@pytest.mark.parametrize("reached", [0.0, 1e-38])  # a scale of 1e-38 / 127 is subnormal
+def test_an_activation_that_calibration_hardly_moved_is_refused_by_name(graph, statistics, reached):
     class Dead:
-        amax = 0.0
+        amax = reached
 
         def percentile(self, percent):
-            return 0.0
+            return reached
 
-    with pytest.raises(GraphError, match=r"'input' cannot be quantised: its magnitude is 0"):
+    with pytest.raises(
+        GraphError, match=f"'input' cannot be quantised: its magnitude is {reached:g}"
+    ):
         convert("int8", graph, {**statistics, "input": Dead()})
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 
-from exporter.contracts import Precision, Progress, Runtime, Session, silent
+from exporter.contracts import Converted, Precision, Progress, Runtime, Session, silent
 from exporter.errors import BuildError, ExportError, GraphError, with_hint
 from exporter.graphs import convert, statistics_of
 from exporter.job import Job
@@ -97,7 +97,7 @@ class Bench:
         known = options_of("precisions", self.precision)
         plain = {name: value for name, value in PLAIN.items() if name in known}
         precision = self._variant(keep, **plain)
-        return self._converted(self.precision, precision, samples=FEW, progress=silent)[0]
+        return self._converted(self.precision, precision, samples=FEW, progress=silent).model
 
     def _variant(self, keep: tuple[str, ...], **more: Any) -> Precision:
         options = self.job.profile.precision[self.precision].options
@@ -158,14 +158,14 @@ class Bench:
         chosen = self.job.precisions[candidate.precision] if keep is None else self._variant(keep)
         path = self.state.graphs() / f"{_slug(candidate)}.onnx"
         try:
-            model, notes = self._converted(
+            made = self._converted(
                 candidate.precision, chosen, samples=None, progress=self.job.stage
             )
         except GraphError as error:
             return msgspec.structs.replace(candidate, refused=with_hint(error))
-        onnx.save(model, path)
+        onnx.save(made.model, path)
         file = File.of(path, self.state.folder)
-        return msgspec.structs.replace(candidate, file=file, notes=notes)
+        return msgspec.structs.replace(candidate, file=file, notes=made.notes)
 
     def _is_same(self, one: Candidate, other: Candidate) -> bool:
         """Return whether two graphs have the same nodes and constants, whatever they declare."""

@@ -198,10 +198,10 @@ def test_a_layer_that_quantising_ruins_is_found_and_kept(planted, search):
     worst, second = sorted(first.sensitivities, key=lambda s: s.sqnr_db)[:2]
     assert worst.layer == PLANTED
     assert worst.sqnr_db < second.sqnr_db - 10
-    floor = sqnr(first, "int8 keeping 1") - 1
+    floor = sqnr(first, "int8 keeping 1 light") - 1
     assert sqnr(first, "int8 keeping none") < floor - 10
     report = search(objective="size", min_sqnr=floor, profile=two)
-    assert report.choice == "int8 keeping 1"
+    assert report.choice == "int8 keeping 1 light"
     assert report.chosen.keep == (PLANTED,)
     assert report.verdict == "pass"
 

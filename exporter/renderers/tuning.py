@@ -166,8 +166,7 @@ def to_markdown(report: TuneReport) -> str:
         ),
         "",
         "Only this layer is quantised, plainly, without repairs, and the outputs are compared with "
-        "those of the FP32 graph. "
-        "Errors of layers add up nearly as independent noise does.",
+        "those of the FP32 graph. Errors of layers add up nearly as independent noise does.",
         "",
         "## Made with",
         "",

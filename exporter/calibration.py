@@ -21,7 +21,10 @@ from exporter.records import Array, Feed, rank
 if TYPE_CHECKING:
     import onnx
 
-READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")  # of the tensors that are watched
+READERS = (  # of the tensors that are watched
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat", "LeakyRelu"),
+    *("AveragePool", "GlobalAveragePool", "ReduceMean", "Sigmoid", "HardSigmoid", "HardSwish"),
+)
 _SHIFT = 15  # of the 31 bits below the sign, 16 are left: 8 of exponent, 8 of mantissa
 _BINS = 1 << 16
 

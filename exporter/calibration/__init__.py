@@ -22,7 +22,10 @@ from exporter.records import Feed
 if TYPE_CHECKING:
     import onnx
 
-READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")  # of the tensors that are counted
+READERS = (  # of the tensors that are counted
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat", "LeakyRelu"),
+    *("AveragePool", "GlobalAveragePool", "ReduceMean", "Sigmoid", "HardSigmoid", "HardSwish"),
+)
 
 __all__ = ["READERS", "Magnitudes", "Range", "calibrate", "convergence", "watched_tensors"]
 

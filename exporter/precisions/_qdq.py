@@ -63,7 +63,12 @@ def e4m3_widths(steps: Array) -> Array:
 
 
 class Pairs:
-    """A graph and the Q/DQ pairs that go into it."""
+    """A graph and the Q/DQ pairs that go into it.
+
+    ``unsigned`` are the tensors that are stored without a sign.
+    """
+
+    unsigned: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -87,14 +92,17 @@ class Pairs:
         """Return the tensor that is read quantised at each (node, input index)."""
         return {(node.name, i): name for name, reads in self._reads.items() for node, i in reads}
 
-    def quantise_activation(self, name: str, scale: float) -> None:
-        """Add one pair behind ``name``, and let the quantised layers read it there."""
+    def quantise_activation(self, name: str, scale: float, zero: Array | None = None) -> None:
+        """Add one pair behind ``name``, and let the quantised layers read it there.
+
+        ``zero`` is what stands for 0, if it is not 0 in the pairs' own type.
+        """
         import numpy as np
         import onnx
 
         constants: dict[str, Array] = {
             f"{name}_scale": np.array(scale, dtype=np.float32),
-            f"{name}_zero": self.storage.stored(np.array(0.0)),
+            f"{name}_zero": self.storage.stored(np.array(0.0)) if zero is None else zero,
         }
         for constant, value in constants.items():
             self.graph.initializer.append(onnx.numpy_helper.from_array(value, constant))
@@ -113,8 +121,10 @@ class Pairs:
         for node, index in self._reads[name]:
             node.input[index] = f"{name}_dq"
 
-    def quantise_weights(self, given: Mapping[str, tuple[Array, Array]] | None = None) -> None:
-        """Store each layer's weights quantised and dequantise them in front of it.
+    def quantise_weights(
+        self, given: Mapping[str, tuple[Array, Array]] | None = None
+    ) -> dict[str, Array]:
+        """Store each layer's weights quantised, and return them by the layer's name.
 
         ``given`` has stored weights and scales by the weights' name, others are rounded to the
         nearest. Weights that two layers share are stored once.
@@ -122,17 +132,19 @@ class Pairs:
         import onnx
 
         tensors = {tensor.name: tensor for tensor in self.graph.initializer}
-        done: set[str] = set()
-        for node in self.layers.values():
+        done: dict[str, Array] = {}
+        found: dict[str, Array] = {}
+        for layer, node in self.layers.items():
             name = node.input[1]
             if name not in done:
-                done.add(name)
                 original = onnx.numpy_helper.to_array(tensors[name])
                 rounded = quantise(original, name, self.storage)
-                weights, scales = (given or {}).get(name, rounded)
-                self._add_weights(name, weights, scales)
+                done[name], scales = (given or {}).get(name, rounded)
+                self._add_weights(name, done[name], scales)
                 self.graph.initializer.remove(tensors[name])
             node.input[1] = f"{name}_dq"
+            found[layer] = done[name]
+        return found
 
     def _add_weights(self, name: str, weights: Array, scales: Array) -> None:
         import numpy as np
@@ -234,6 +246,25 @@ def coverage(
     left = [name for name in weighted if name not in layers]
     rest = f"; {', '.join(left)} in {around.upper()}" if left else ""
     return f"{len(layers)} of {len(weighted)} weighted layers in {kind}{rest}"
+
+
+def check_sums(layer: str, weights: Array, most: int, biases: Array | None = None) -> None:
+    """Raise `GraphError` if some input could add up to more than INT32 holds, in some channel.
+
+    Whole numbers throughout: Σ |q_w| · ``most`` + |q_b| < 2³¹, where no input exceeds ``most``.
+    """
+    import numpy as np
+
+    sums = np.abs(weights.reshape(len(weights), -1).astype(np.float64)).sum(axis=1) * most
+    if biases is not None:
+        sums = sums + np.abs(biases)
+    if not sums.max(initial=0.0) < 2.0**31:
+        channel = int(sums.argmax())
+        raise GraphError(
+            f"{layer!r} cannot be quantised: its channel {channel} may add up to "
+            f"{sums[channel]:.3g} steps, and INT32 ends at {2**31:.3g}",
+            hint=f"keep it in float: keep = [{layer!r}]",
+        )
 
 
 def activation_scale(name: str, amax: float, storage: Storage) -> float:

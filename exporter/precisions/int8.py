@@ -9,6 +9,9 @@ not on its output, and on the identity branch of a residual sum, so that convolu
 ReLU can become one integer kernel. Linear layers are left in float unless asked for: they are a
 negligible part of the work and cost accuracy. (TensorRT fuses; whether a runtime gains speed from
 INT8 is measured, not assumed.)
+
+That is the form "tensorrt". ONNX Runtime runs few layers of it in integers; "onnxruntime" is the
+form that it runs in integers throughout (`_integers`), which TensorRT does not take.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ from exporter.calibrators import Calibrator, threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.errors import GraphError
 from exporter.precisions._half import to_half
-from exporter.precisions._qdq import INT8, Pairs, activation_scale, coverage, layers_to_quantise
+from exporter.precisions._integers import Integers
+from exporter.precisions._qdq import (
+    INT8,
+    Pairs,
+    activation_scale,
+    check_sums,
+    coverage,
+    layers_to_quantise,
+)
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -28,16 +39,24 @@ if TYPE_CHECKING:
     from exporter.quantisation.plan import Plan
 
 
+# ONNX Runtime's documentation, "Quantize ONNX models".
+NO_VNNI = (
+    "on x86 CPUs without VNNI, ONNX Runtime adds up pairs of products in 16 bits, which may "
+    "saturate; there, judge this graph on that machine"
+)
+
+
 class Int8(Plugin, frozen=True):
     """Symmetric INT8: weights per channel, activations calibrated per tensor.
 
     ``calibrator`` is one of `exporter.calibrators` (``percentile`` % for the one of that name), or
     ``"auto"``: the maximum, but where another is measurably better for a tensor. ``equalise``,
     ``rounding`` and ``bias_correction`` allow the repairs of `exporter.quantisation`, each used
-    where it measurably helps. ``around`` is the type of what is not quantised; ``linear`` quantises
-    linear layers too, ``residual`` the identity branch of a residual sum; ``keep`` names layers, as
-    in the PyTorch module, that stay in float; ``half_io`` makes input and output half where
-    ``around`` is.
+    where it measurably helps. ``form`` is the runtime whose integer kernels the pairs are placed
+    for: ``"onnxruntime"`` has UINT8 activations, and sums quantised where ``residual`` is.
+    ``around`` is the type of what is not quantised; ``linear`` quantises linear layers too,
+    ``residual`` the identity branch of a residual sum; ``keep`` names layers, as in the PyTorch
+    module, that stay in float; ``half_io`` makes input and output half where ``around`` is.
     """
 
     calibrator: Literal["auto"] | Calibrator = "auto"
@@ -45,6 +64,7 @@ class Int8(Plugin, frozen=True):
     equalise: bool = True
     rounding: bool = True
     bias_correction: bool = True
+    form: Literal["tensorrt", "onnxruntime"] = "tensorrt"
     around: Literal["fp32", "fp16"] = "fp32"
     linear: bool = False
     residual: bool = True
@@ -58,6 +78,8 @@ class Int8(Plugin, frozen=True):
             raise ValueError(f"percentile must be above 0 and at most 100, found {self.percentile}")
         if self.half_io and self.around != "fp16":
             raise ValueError('half_io needs around = "fp16"')
+        if self.form == "onnxruntime" and self.around != "fp32":
+            raise ValueError(f'form = "onnxruntime" needs around = "fp32", found {self.around!r}')
 
     def convert(
         self,
@@ -70,20 +92,20 @@ class Int8(Plugin, frozen=True):
         import onnx
 
         layers = layers_to_quantise(model.graph, linear=self.linear, keep=self.keep)
-        sites = Pairs(model.graph, layers, INT8, residual=self.residual).sites()
-        plan = self._plan(model, sites, list(layers), statistics, samples, progress)
+        places = self._places(model, layers)
+        plan = self._plan(model, places, statistics, samples, progress)
         quantised = onnx.ModelProto()
         quantised.CopyFrom(model if plan is None else plan.model)
-        chosen = {node.name: node for node in quantised.graph.node if node.name in layers}
-        writer = Pairs(quantised.graph, chosen, INT8, residual=self.residual)
-        for name in writer.activations():
-            amax = self._threshold(name, statistics) if plan is None else plan.scales[name] * 127
-            writer.quantise_activation(name, activation_scale(name, amax, INT8))
-        writer.quantise_weights(None if plan is None else plan.stored)
-        if plan is not None:
-            writer.replace(plan.biases)
+        chosen = {node.name: node for node in quantised.graph.node if node.name in places.layers}
+        writer = self._places(quantised, chosen)
+        if isinstance(writer, Integers):
+            self._quantise_all(writer, plan, statistics)
+        else:
+            self._quantise(writer, plan, statistics)
         writer.write()
-        notes = (coverage(model.graph, layers, INT8.name, self.around),)
+        notes: tuple[str, ...] = (coverage(model.graph, writer.layers, INT8.name, self.around),)
+        if self.form == "onnxruntime":
+            notes += (NO_VNNI,)
         more = () if plan is None else (plan.repairs, plan.tensors, plan.divisors)
         if self.around == "fp16":
             half = to_half(
@@ -95,14 +117,43 @@ class Int8(Plugin, frozen=True):
             return Converted(half.model, (*notes, *half.notes), *more)
         return Converted(quantised, notes, *more)
 
+    def _places(self, model: onnx.ModelProto, layers: dict[str, onnx.NodeProto]) -> Pairs:
+        """Return where the pairs stand, in the form asked for."""
+        from exporter.calibration import watched_tensors
+
+        if self.form == "tensorrt":
+            return Pairs(model.graph, layers, INT8, residual=self.residual)
+        return Integers(model.graph, layers, watched_tensors(model), residual=self.residual)
+
+    def _quantise(self, writer: Pairs, plan: Plan | None, statistics: Statistics) -> None:
+        for name in writer.activations():
+            amax = self._threshold(name, statistics) if plan is None else plan.scales[name] * 127
+            writer.quantise_activation(name, activation_scale(name, amax, INT8))
+        for layer, whole in writer.quantise_weights(None if plan is None else plan.stored).items():
+            check_sums(layer, whole, 128)
+        if plan is not None:
+            writer.replace(plan.biases)
+
+    def _quantise_all(self, writer: Integers, plan: Plan | None, statistics: Statistics) -> None:
+        known = statistics if plan is None else plan.statistics
+
+        def reach(name: str) -> float | None:
+            if plan is not None and name in plan.scales:
+                return plan.scales[name] * 127
+            return self._threshold(name, known) if name in known else None
+
+        if plan is None:
+            writer.quantise(reach, {}, {})
+        else:
+            writer.quantise(reach, plan.stored, plan.biases)
+
     def _threshold(self, name: str, statistics: Statistics) -> float:
         return threshold(self.calibrator, statistics[name], self.percentile)
 
     def _plan(
         self,
         model: onnx.ModelProto,
-        sites: dict[tuple[str, int], str],
-        layers: list[str],
+        places: Pairs,
         statistics: Statistics,
         samples: Array,
         progress: Progress,
@@ -114,7 +165,7 @@ class Int8(Plugin, frozen=True):
         from exporter.samples import feeds
 
         repairs = self.equalise or self.rounding or self.bias_correction
-        if not (repairs or self.calibrator == "auto") or not sites:
+        if not (repairs or self.calibrator == "auto") or not places.layers:
             return None
         if len(samples) < ENOUGH:
             raise GraphError(
@@ -129,7 +180,7 @@ class Int8(Plugin, frozen=True):
                 return calibrate(equalised, feeds(samples, name, size=1), advance=advance)
 
         return make_plan(
-            Network.of(model, sites, layers),
+            Network.of(model, places.sites(), list(places.layers), places.unsigned),
             statistics,
             samples,
             Switches(

@@ -25,29 +25,35 @@ Site: TypeAlias = tuple[str, int]  # a node's name and which of its inputs
 Scale: TypeAlias = float | Tensor
 
 BATCH = 8
-LOW, HIGH = -128, 127
+LOW, HIGH, UNSIGNED = -128, 127, 255
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
     """A graph to be quantised: ``sites`` says which tensor is read quantised where.
 
-    ``layers`` are the nodes whose weights are quantised.
+    ``layers`` are the nodes whose weights are quantised. ``unsigned`` are tensors that are never
+    negative and are stored so: in 255 steps up to what 127 reach elsewhere.
     """
 
     model: onnx.ModelProto
     emulator: Emulator
     sites: Mapping[Site, str]
     layers: tuple[Step, ...]
+    unsigned: frozenset[str] = frozenset()
 
     @classmethod
     def of(
-        cls, model: onnx.ModelProto, sites: Mapping[Site, str], layers: Sequence[str]
+        cls,
+        model: onnx.ModelProto,
+        sites: Mapping[Site, str],
+        layers: Sequence[str],
+        unsigned: frozenset[str] = frozenset(),
     ) -> Network:
         """Read a graph. Raises `GraphError` for an operator that has no emulation."""
         emulator = Emulator.of(model).in_float32()
         chosen = tuple(step for step in emulator.steps if step.name in set(layers))
-        return cls(model, emulator, sites, chosen)
+        return cls(model, emulator, sites, chosen, unsigned)
 
     @property
     def input(self) -> str:
@@ -61,6 +67,16 @@ class Network:
     def tensors(self) -> tuple[str, ...]:
         """Return the tensors that are read quantised, in the order they are read."""
         return tuple(dict.fromkeys(self.sites.values()))
+
+    def quantise(self, tensor: str, value: Tensor, scale: Scale) -> Tensor:
+        """Return a tensor's value as it is read, for the scale of 127 steps."""
+        if tensor in self.unsigned:
+            return fake_quantise(value, scale * HIGH / UNSIGNED, 0, UNSIGNED)
+        return fake_quantise(value, scale)
+
+    def step(self, tensor: str, scale: float) -> float:
+        """Return how wide a tensor's steps are, for the scale of 127 steps."""
+        return scale * HIGH / UNSIGNED if tensor in self.unsigned else scale
 
     def readers(self, tensor: str) -> list[tuple[Step, int]]:
         """Return who reads a tensor, and as which input."""
@@ -101,7 +117,7 @@ class Network:
                 value = None if not name else values.get(name, constants.get(name))
                 if value is not None and (step.name, index) in self.sites:
                     if name not in read:
-                        read[name] = _as_read(value, name, scales, offsets)
+                        read[name] = self._as_read(value, name, scales, offsets)
                     value = read[name]
                 inputs.append(value)
             for name, value in self.emulator.compute(step, inputs).items():
@@ -113,6 +129,17 @@ class Network:
                     values.pop(name, None)
                     read.pop(name, None)
         return found
+
+    def _as_read(
+        self,
+        value: Tensor,
+        name: str,
+        scales: Mapping[str, Scale] | None,
+        offsets: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        if scales is not None and name in scales:
+            value = self.quantise(name, value, scales[name])
+        return value if offsets is None else value + offsets[name]
 
     def outputs(
         self,
@@ -137,17 +164,6 @@ def parts(samples: int) -> int:
     return -(-samples // BATCH)
 
 
-def fake_quantise(x: Tensor, scale: Scale) -> Tensor:
-    """Return clip(rint(x / s), −128, 127) · s, for one s or one per channel."""
-    return (x / scale).round_().clamp_(LOW, HIGH).mul_(scale)
-
-
-def _as_read(
-    value: Tensor,
-    name: str,
-    scales: Mapping[str, Scale] | None,
-    offsets: Mapping[str, Tensor] | None,
-) -> Tensor:
-    if scales is not None and name in scales:
-        value = fake_quantise(value, scales[name])
-    return value if offsets is None else value + offsets[name]
+def fake_quantise(x: Tensor, scale: Scale, low: int = LOW, high: int = HIGH) -> Tensor:
+    """Return clip(rint(x / s), low, high) · s, for one s or one per channel."""
+    return (x / scale).round_().clamp_(low, high).mul_(scale)

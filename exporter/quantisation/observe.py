@@ -23,7 +23,7 @@ from torch import Tensor
 
 from exporter.contracts import Advance, Progress, silent
 from exporter.emulation import Step
-from exporter.quantisation.network import HIGH, Network, batches, fake_quantise, parts
+from exporter.quantisation.network import HIGH, Network, batches, parts
 from exporter.records import Quantised
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def measured_error(
                 for name, scales in candidates.items():
                     rows = []
                     for scale in scales:
-                        error = fake_quantise(probe.values[name], scale).sub_(probe.values[name])
+                        value = probe.values[name]
+                        error = network.quantise(name, value, scale).sub_(value)
                         cost = error.mul_(probe.read[name]).flatten(1).sum(dim=1)
                         rows.append(cost.double().square())
                     found[name].append(torch.stack(rows))
@@ -124,7 +125,8 @@ def describe(
                 for name, scale in scales.items():
                     value = probe.values[name]
                     beyond = value.abs() > (HIGH + 0.5) * scale
-                    read[name].add(value, fake_quantise(value, scale), probe.read[name], beyond)
+                    as_read = network.quantise(name, value, scale)
+                    read[name].add(value, as_read, probe.read[name], beyond)
                 for layer in network.layers:
                     name, constant = layer.writes[0], layer.reads[1]
                     off = weights[constant] - network.emulator.constants[constant]
@@ -140,7 +142,7 @@ def describe(
                 layers=tuple(dict.fromkeys(n for (n, _), t in network.sites.items() if t == name)),
                 is_weights=False,
                 largest=read[name].largest,
-                scale=scales[name],
+                scale=network.step(name, scales[name]),
                 saturated=read[name].saturated / max(read[name].values, 1),
                 dead=int((read[name].peaks == 0).sum()),
                 sqnr_db=decibels(read[name].power, read[name].error),

@@ -223,7 +223,7 @@ def _equalised(
         model, divisors = equalise(network, groups, by_group, observed.shapes)
         statistics = recalibrate(model)
         names = [layer.name for layer in network.layers]
-        network = Network.of(model, network.sites, names)
+        network = Network.of(model, network.sites, names, network.unsigned)
         detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
     else:
         statistics = state.statistics

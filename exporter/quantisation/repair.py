@@ -23,7 +23,7 @@ from torch import Tensor
 
 from exporter.contracts import Advance
 from exporter.emulation import Step, Values
-from exporter.quantisation.network import BATCH, Network, fake_quantise
+from exporter.quantisation.network import BATCH, Network
 from exporter.quantisation.rounding import nearest, second_order, weight_scales
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class _Pair:
         if value is None or (step.name, index) not in self.network.sites:
             return value
         if name not in self.read:
-            self.read[name] = fake_quantise(value, self.scales[name])
+            self.read[name] = self.network.quantise(name, value, self.scales[name])
         return self.read[name]
 
     def _layer(self, step: Step) -> Tensor:

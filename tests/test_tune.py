@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import matplotlib as mpl
 import msgspec
 import numpy as np
 import onnx
@@ -464,6 +465,8 @@ def test_only_the_results_are_left_and_the_picture_is_the_same_each_time(found):
     drawn = (found.folder / "pareto.svg").read_text("utf-8")
     assert drawn == pareto.render(report)
     assert drawn == pareto.render(msgspec.json.decode(msgspec.json.encode(report), type=TuneReport))
+    with mpl.rc_context({"svg.hashsalt": "mine", "font.size": 30, "axes.grid": True}):
+        assert drawn == pareto.render(report)  # whatever a user has set
     assert "dc:date" not in drawn
     for label in (">fp32<", ">none<", "SQNR on validation samples, dB"):
         assert label in drawn

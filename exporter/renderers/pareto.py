@@ -1,16 +1,12 @@
-"""The candidates of a search as a picture: SQNR against latency, with the front. SVG.
-
-The same report gives the same bytes: identifiers are salted with a constant, the file has no date,
-and text stays text, so that no font of this machine is drawn into it.
-"""
+"""The candidates of a search as a picture: SQNR against latency, with the front."""
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.records import Candidate, TuneReport
+from exporter.renderers import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,11 +14,6 @@ if TYPE_CHECKING:
 _SIZE = (8.0, 5.0)  # inches
 _FRONT, _OTHER, _CHOICE = "#0b6e99", "#b0b0b0", "#c0392b"
 _LEAST, _MOST = 30.0, 200.0  # points², of a circle
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "resnet-export",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-}
 
 
 class Point(NamedTuple):
@@ -34,13 +25,9 @@ class Point(NamedTuple):
 
 
 def render(report: TuneReport) -> str:
-    """Return the picture as SVG; a circle's area is the file's size."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
-        drawn = io.StringIO()
-        draw(report).savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    return drawn.getvalue()
+    """Return the picture as SVG, as `plots` writes it; a circle's area is the file's size."""
+    with plots.own_settings():
+        return plots.svg(draw(report))
 
 
 def draw(report: TuneReport) -> Figure:

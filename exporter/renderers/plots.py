@@ -8,6 +8,8 @@ it.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from exporter.records import Convergence
@@ -26,12 +28,9 @@ _STYLE: dict[Any, Any] = {
 
 def calibration(found: Convergence) -> str:
     """Return how the scales approached the final ones, as SVG."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context():
-        mpl.rcdefaults()  # nothing of a matplotlibrc of this machine either
-        mpl.rcParams.update(_STYLE)
+    with own_settings():
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         for at, curve in enumerate(found.curves):
@@ -41,7 +40,9 @@ def calibration(found: Convergence) -> str:
             axes.plot(
                 found.counts, _percent(curve.median), label=f"{name}, median", ls=":", **style
             )
-        axes.axhline(100 * found.WITHIN, color="0.6", linewidth=0.8, label="settled")
+        axes.axhline(
+            100 * found.WITHIN, color="0.6", linewidth=0.8, label=f"settled: {found.WITHIN:.0%}"
+        )
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.counts, [f"{count:,}" for count in found.counts], minor=False)
         axes.set_ylim(bottom=0)
@@ -54,6 +55,17 @@ def calibration(found: Convergence) -> str:
 
 def _percent(shares: tuple[float, ...]) -> list[float]:
     return [100 * share for share in shares]
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Draw as any machine would: nothing of a matplotlibrc, nor of what a caller has set."""
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
 
 
 def svg(figure: Figure) -> str:

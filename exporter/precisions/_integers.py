@@ -59,13 +59,11 @@ class Integers(Pairs):
         graph: onnx.GraphProto,
         layers: dict[str, onnx.NodeProto],
         watched: Collection[str],
-        *,
-        residual: bool = True,
     ) -> None:
         import onnx
 
         super().__init__(graph, layers, INT8, residual=False)
-        self._watched, self._residual = frozenset(watched), residual
+        self._watched = frozenset(watched)
         self._outputs = {value.name for value in graph.output}
         self._constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         self._readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
@@ -164,9 +162,8 @@ class Integers(Pairs):
             return False
         if node.op_type in _AVERAGES:  # of no account, unless integers go on behind it
             return self._feeds_layers(behind)
-        if node.op_type == "Add":
-            return self._residual
-        return node.op_type in _JOINING and len(takes) == len(node.input)
+        alone = len(takes) == len(node.input)  # a product's constant would lose too much
+        return node.op_type == "Add" or (node.op_type in _JOINING and alone)
 
     def _activations(self, node: onnx.NodeProto) -> list[str]:
         return [name for name in node.input if name and name not in self._constants]

@@ -53,7 +53,7 @@ class Int8(Plugin, frozen=True):
     ``"auto"``: the maximum, but where another is measurably better for a tensor. ``equalise``,
     ``rounding`` and ``bias_correction`` allow the repairs of `exporter.quantisation`, each used
     where it measurably helps. ``form`` is the runtime whose integer kernels the pairs are placed
-    for: ``"onnxruntime"`` has UINT8 activations, and sums quantised where ``residual`` is.
+    for: ``"onnxruntime"`` has UINT8 activations, and quantises all that its operators read.
     ``around`` is the type of what is not quantised; ``linear`` quantises linear layers too,
     ``residual`` the identity branch of a residual sum; ``keep`` names layers, as in the PyTorch
     module, that stay in float; ``half_io`` makes input and output half where ``around`` is.
@@ -80,6 +80,8 @@ class Int8(Plugin, frozen=True):
             raise ValueError('half_io needs around = "fp16"')
         if self.form == "onnxruntime" and self.around != "fp32":
             raise ValueError(f'form = "onnxruntime" needs around = "fp32", found {self.around!r}')
+        if self.form == "onnxruntime" and not self.residual:
+            raise ValueError('form = "onnxruntime" quantises every sum: residual cannot be false')
 
     def convert(
         self,
@@ -123,7 +125,7 @@ class Int8(Plugin, frozen=True):
 
         if self.form == "tensorrt":
             return Pairs(model.graph, layers, INT8, residual=self.residual)
-        return Integers(model.graph, layers, watched_tensors(model), residual=self.residual)
+        return Integers(model.graph, layers, watched_tensors(model))
 
     def _quantise(self, writer: Pairs, plan: Plan | None, statistics: Statistics) -> None:
         for name in writer.activations():

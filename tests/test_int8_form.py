@@ -282,6 +282,18 @@ def test_a_maximum_keeps_the_steps_of_what_it_reads(small):
     assert steps_behind(made, "MaxPool") == steps_behind(made, "Relu")[:1]
 
 
+@pytest.mark.parametrize("calibrator", ["percentile", "mse", "entropy"])
+def test_every_calibrator_says_how_far_255_steps_reach(small, calibrator):
+    model = small[1]
+    made = convert(model, calibrator=calibrator, percentile=99.0).model
+    behind_relu = [n.output[0] for n in model.graph.node if n.op_type == "Relu"][1]
+    seen = statistics_of(model, CALIBRATION)[behind_relu]
+    wanted = seen.percentile(99.0) if calibrator == "percentile" else getattr(seen, calibrator)(255)
+    assert 0 < wanted <= seen.amax
+    assert steps_behind(made, "Relu")[1][0] == pytest.approx(wanted / 255, rel=1e-6)
+    assert steps_behind(made, "MaxPool") == steps_behind(made, "Relu")[:1]
+
+
 @pytest.mark.parametrize("network", ["plain", "clipped"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_onnx_runtimes_integers_are_what_was_asked_for(network, linear, request):

@@ -80,13 +80,13 @@ class Integers(Pairs):
     def sites(self) -> dict[tuple[str, int], str]:
         """Return the tensor that is read quantised at each (node, input index).
 
-        What only moves is left out: it reads as many steps as it writes.
+        What only moves is left out, as it reads the steps that it writes; and what is not watched.
         """
         return {
             (node.name, index): name
             for name, reads in self._reads.items()
             for node, index in reads
-            if not self._is_moved(node)
+            if name in self._watched and not self._is_moved(node)
         }
 
     def quantise(
@@ -97,8 +97,8 @@ class Integers(Pairs):
     ) -> None:
         """Add a pair behind every tensor, and store weights, biases and constants quantised.
 
-        ``reach`` is how far a tensor reaches, where that is known; ``stored`` and ``biases`` stand
-        in for the graph's own. Raises `GraphError` where a sum might leave INT32.
+        ``reach`` is how far a watched tensor reaches, if that is known; ``stored`` and ``biases``
+        stand in for the graph's own. Raises `GraphError` where a sum might leave INT32.
         """
         import numpy as np
 
@@ -241,7 +241,7 @@ class Integers(Pairs):
 
         found: dict[str, float] = {}
         for members in self._moved_together():
-            known = [(reach(name), self._ceiling(name)) for name in members]
+            known = [(self._reach(name, reach), self._ceiling(name)) for name in members]
             reaches = [min(r for r in pair if r is not None) for pair in known if any(pair)]
             unsigned = members[0] in self.unsigned
             storage = UINT8 if unsigned else INT8
@@ -250,6 +250,9 @@ class Integers(Pairs):
                 scale = np.nextafter(scale, np.float32(0))  # else a Clip there could not be dropped
             found |= dict.fromkeys(members, float(scale))
         return {name: found[name] for name in self._reads}
+
+    def _reach(self, name: str, reach: Callable[[str], float | None]) -> float | None:
+        return reach(name) if name in self._watched else None
 
     def _moved_together(self) -> Iterator[list[str]]:
         """Yield the tensors that differ in nothing but the places of their values."""

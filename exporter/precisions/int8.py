@@ -129,7 +129,10 @@ class Int8(Plugin, frozen=True):
 
     def _quantise(self, writer: Pairs, plan: Plan | None, statistics: Statistics) -> None:
         for name in writer.activations():
-            amax = self._threshold(name, statistics) if plan is None else plan.scales[name] * 127
+            if plan is not None:
+                amax = plan.scales[name] * 127
+            else:
+                amax = threshold(self.calibrator, statistics[name], self.percentile)
             writer.quantise_activation(name, activation_scale(name, amax, INT8))
         for layer, whole in writer.quantise_weights(None if plan is None else plan.stored).items():
             check_sums(layer, whole, 128)
@@ -137,20 +140,16 @@ class Int8(Plugin, frozen=True):
             writer.replace(plan.biases)
 
     def _quantise_all(self, writer: Integers, plan: Plan | None, statistics: Statistics) -> None:
-        known = statistics if plan is None else plan.statistics
-
         def reach(name: str) -> float | None:
-            if plan is not None and name in plan.scales:
-                return plan.scales[name] * 127
-            return self._threshold(name, known) if name in known else None
+            if plan is not None:
+                return plan.scales[name] * 127 if name in plan.scales else None
+            levels = 255 if name in writer.unsigned else 127
+            return threshold(self.calibrator, statistics[name], self.percentile, levels=levels)
 
         if plan is None:
             writer.quantise(reach, {}, {})
         else:
             writer.quantise(reach, plan.stored, plan.biases)
-
-    def _threshold(self, name: str, statistics: Statistics) -> float:
-        return threshold(self.calibrator, statistics[name], self.percentile)
 
     def _plan(
         self,

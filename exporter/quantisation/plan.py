@@ -28,7 +28,7 @@ from exporter.calibrators import CALIBRATORS, Calibrator, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.quantisation.equalisation import equalise, factors
 from exporter.quantisation.groups import Groups
-from exporter.quantisation.network import HIGH, Network, Scale
+from exporter.quantisation.network import HIGH, UNSIGNED, Network, Scale
 from exporter.quantisation.observe import Observed, describe, measured_error, observe
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
@@ -311,7 +311,9 @@ def _thresholds(
     """Return the state with the thresholds asked for, or each tensor's cheapest."""
 
     def scale(calibrator: str, tensor: str) -> float:
-        return threshold(calibrator, state.statistics[tensor], switches.percentile) / HIGH
+        levels = UNSIGNED if tensor in state.network.unsigned else HIGH
+        seen = state.statistics[tensor]
+        return threshold(calibrator, seen, switches.percentile, levels=levels) / HIGH
 
     tensors = state.network.tensors
     if switches.calibrator == "max":

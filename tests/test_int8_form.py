@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -15,6 +16,7 @@ from quantisation import alive, exported, images, inverted, residual, statistics
 from torch import nn
 from torch.nn import functional
 
+import exporter
 from exporter import plugins
 from exporter.emulation import Emulator
 from exporter.errors import BuildError, GraphError, ProfileError
@@ -26,6 +28,8 @@ from exporter.quantisation.network import Network
 from exporter.runtimes._graph import check_quantisation
 
 CALIBRATION, HELD_OUT = images(32), images(100, seed=9)
+HAS_RTX = plugins.load_runtime("tensorrt-rtx", {}).missing("build") is None
+rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt-rtx is not installed")
 PLAIN = {"calibrator": "max", "equalise": False, "rounding": False, "bias_correction": False}
 
 
@@ -418,6 +422,21 @@ def test_a_dead_channels_bias_is_as_fine_as_its_neighbours():
 def test_tensorrt_refuses_it(small):
     with pytest.raises(BuildError, match="is UINT8, and TensorRT takes INT8 and FLOAT8E4M3FN"):
         check_quantisation(convert(small[1]).model.graph, "small.int8.onnx")
+
+
+@rtx
+def test_a_profile_of_both_runtimes_gives_the_file_and_refuses_the_engine(
+    tiny_model, quick_profile, tmp_path
+):
+    options = {"form": "onnxruntime", **PLAIN}
+    chosen = msgspec.structs.replace(quick_profile.precision["int8"], options=options)
+    profile = msgspec.structs.replace(quick_profile, precision={"int8": chosen})
+    report = exporter.run(tiny_model, profile, tmp_path / "out")
+    made = {found.runtime: found for variant in report.variants for found in variant.artefacts}
+    assert made["ort-cpu"].refused is None
+    assert made["ort-cpu"].rung.fidelity.failures == ()
+    assert made["ort-cpu"].execution.counts == {"int8": (6, 6)}
+    assert "is UINT8, and TensorRT takes INT8 and" in made["tensorrt-rtx"].refused
 
 
 @pytest.mark.parametrize(

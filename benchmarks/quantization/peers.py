@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -77,16 +78,21 @@ def make(setting: str, network: Network, versions: dict[str, str], *, threads: i
 
 def quantise(setting: str, network: Network, out: Path, *, threads: int = 0) -> dict[str, Any]:
     """Let a peer write ``out``, and return the seconds it took or why it refused."""
-    with TemporaryDirectory() as folder:
-        calibration = Path(folder, "calibration.npy")
-        source = Path(folder, "fp32.onnx")  # some write beside it
-        np.save(calibration, network.calibration)
-        source.write_bytes(network.graph.read_bytes())
+    with TemporaryDirectory() as name:
+        folder = Path(name)  # some write more than they are asked for, beside either file
+        made = folder / f"made{out.suffix}"
+        np.save(folder / "calibration.npy", network.calibration)
+        copyfile(network.graph, folder / "fp32.onnx")
+        given = (folder / "fp32.onnx", folder / "calibration.npy")
         try:
-            return _call("quantise", setting, source, calibration, out, str(threads))
+            said: dict[str, Any] = _call("quantise", setting, *given, made, threads)
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if line.strip()]
             return {"refused": lines[-1] if lines else f"exit status {error.returncode}"}
+        for suffix in {out.suffix, ".bin"}:  # OpenVINO keeps weights in a .bin
+            if made.with_suffix(suffix).exists():
+                copyfile(made.with_suffix(suffix), out.with_suffix(suffix))
+    return said
 
 
 def evaluate(path: Path, inputs: Array) -> Array:

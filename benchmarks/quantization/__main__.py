@@ -24,6 +24,7 @@ def main() -> None:
     asked = _arguments()
     nets = asked.nets or (QUICK_NETS if asked.quick else tuple(RECIPES))
     settings = asked.peers or (QUICK_PEERS if asked.quick else tuple(peers.SETTINGS))
+    build = not asked.quick and not asked.no_builds
     versions = peers.install()
     rows: list[Versus] = []
     theirs: list[Peer] = []
@@ -32,14 +33,14 @@ def main() -> None:
     for name in nets:
         network = load(name)
         candidates = {}
-        judged = judge_peers(network, settings, versions, threads=1, build=not asked.quick)
+        judged = judge_peers(network, settings, versions, threads=1, build=build)
         for peer, model in judged:
             theirs.append(peer)
             _say(f"{name}: {peer.setting}: {peer.refused or peer.score}")
             if model is not None:
                 candidates[peer.setting] = model
         for setting in ours.SETTINGS:
-            rows.append(versus(network, setting, candidates, build=not asked.quick))
+            rows.append(versus(network, setting, candidates, build=build))
             _say(f"{name}: {setting.name}: {rows[-1].score}, gain {rows[-1].gain}")
         if asked.draws:
             found = with_few_images(
@@ -64,6 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=_names(peers.SETTINGS), help="some of the peers' settings")
     parser.add_argument("--draws", type=int, default=0, help="draws of few calibration images")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of timing against ModelOpt")
+    parser.add_argument("--no-builds", action="store_true", help="leave TensorRT-RTX out")
     parser.add_argument("--quick", action="store_true", help="two networks, four peers, no builds")
     parser.add_argument("--write", action="store_true", help="keep the result, dated, in results/")
     return parser.parse_args()

@@ -109,7 +109,7 @@ def _make(name: str, folder: Path, cache: Path) -> None:
     training, held_out = (load_split("digits", shape, split) for split in ("train", "held-out"))
     _train(module, torch.from_numpy(training.inputs), torch.from_numpy(training.labels), recipe)
     if recipe.spoil:
-        _spoil(module)
+        spoil(module)
     module = module.float().eval().to(memory_format=torch.contiguous_format)
     spec, output = TensorSpec("input", shape), TensorSpec("logits", (10,))
     truth = exporter.TorchSession.of(module, output.name, double=True)
@@ -162,7 +162,7 @@ def _train(module: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, recipe
 
 
 @torch.no_grad()
-def _spoil(module: nn.Module) -> None:
+def spoil(module: nn.Module) -> None:
     """Scale the channels between each block's two convolutions by 10^U(−1, 1).
 
     ReLU(s·x) = s·ReLU(x) for s > 0, so the function stays and one scale per tensor fits it badly.

@@ -1,15 +1,17 @@
 """The real peers, installed into an environment of their own, and what they make of a network.
 
 Everything is kept in ``benchmarks/.cache``, under a hash of all that it depends on: the network,
-the calibration images, the setting, the tools' versions and the worker that calls them.
+the calibration images, the setting, the tools' versions and the worker's code that calls the tool.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from exporter.records import Array
+from quantization import worker
 from quantization.networks import CACHE, Network
 from quantization.worker import SETTINGS, TOOLS
 
@@ -114,9 +117,17 @@ def _call(*arguments: object) -> Any:
 def _key(setting: str, network: Network, versions: dict[str, str]) -> str:
     digest = hashlib.sha256(network.graph.read_bytes())
     digest.update(network.calibration.tobytes())
-    digest.update(WORKER.read_bytes())
+    digest.update(inspect.getsource(_family(setting)).encode())
     digest.update(json.dumps([setting, versions], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _family(setting: str) -> Callable[..., worker.Quantise]:
+    """Return the function of the worker that knows the setting's tool."""
+    family: Callable[..., worker.Quantise] = getattr(
+        worker, SETTINGS[setting].__qualname__.split(".")[0]
+    )
+    return family
 
 
 __all__ = ["SETTINGS", "Made", "evaluate", "install", "make", "quantise"]

@@ -100,24 +100,26 @@ def modelopt(method: str) -> Quantise:
 def nncf(
     *, openvino: bool = False, mixed: bool = False, fast: bool = True, trt: bool = False
 ) -> Quantise:
-    """NNCF on the ONNX graph or on OpenVINO's; ``trt`` forces signed, symmetric, full 8 bits."""
+    """NNCF on the ONNX graph or on OpenVINO's.
+
+    ``trt`` is what TensorRT can take, and the best found by hand for it: ranges are the largest
+    seen and not their mean, weights have their full 8 bits, and UINT8 becomes INT8 afterwards,
+    which NNCF cannot be asked for.
+    """
 
     def quantise(source: Path, images: Any, out: Path) -> None:
         import nncf as tool
-        from nncf.common.quantization.structs import QuantizationScheme
         from nncf.quantization.advanced_parameters import (
             AdvancedQuantizationParameters,
             OverflowFix,
-            QuantizationParameters,
         )
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
         advanced = AdvancedQuantizationParameters()
         if trt:
-            signed = QuantizationParameters(
-                mode=QuantizationScheme.SYMMETRIC, signedness_to_force=True
-            )
             advanced = AdvancedQuantizationParameters(
-                overflow_fix=OverflowFix.DISABLE, activations_quantization_params=signed
+                overflow_fix=OverflowFix.DISABLE,
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             )
         presets = tool.QuantizationPreset
         common = {
@@ -136,9 +138,30 @@ def nncf(
             import onnx
 
             feeds = [{"input": image} for image in data]
-            onnx.save(tool.quantize(onnx.load(source), tool.Dataset(feeds), **common), out)
+            made = tool.quantize(onnx.load(source), tool.Dataset(feeds), **common)
+            onnx.save(_signed(made) if trt else made, out)
 
     return quantise
+
+
+def _signed(model: Any) -> Any:
+    """Return the graph with each UINT8 range [0, 255·s] as the INT8 range [−127·t, 127·t]."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
+            continue
+        scale, zero = (numpy_helper.to_array(tensors[name]) for name in node.input[1:3])
+        if zero.dtype == np.uint8:
+            if zero.any():
+                raise ValueError(f"{node.name}: the zero point is not 0")
+            signed = (scale * np.float32(255 / 127), zero.astype(np.int8))
+            for index, value in enumerate(signed, 1):
+                name = f"{node.name}_signed_{index}"
+                model.graph.initializer.append(numpy_helper.from_array(value, name))
+                node.input[index] = name
+    return model
 
 
 def warm_up(setting: str, threads: int) -> None:

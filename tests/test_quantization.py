@@ -119,6 +119,18 @@ def test_a_pair_that_nobody_reads_any_more_is_gone() -> None:
     onnx.checker.check_model(left, full_check=True)
 
 
+def test_an_output_that_was_quantised_is_given_as_it_was_before() -> None:
+    model = quantised()
+    model.graph.node[-1].output[0] = "t"
+    model.graph.node.extend(pair("t"))
+    model.graph.node[-1].output[0] = "logits"
+    onnx.checker.check_model(model, full_check=True)
+    x = np.random.default_rng(2).standard_normal((3, 2, 2, 2)).astype(np.float32)
+    assert placement(model).others == {("output of the graph", 0)}
+    back = reduced(model, placement(quantised()).places, float32())
+    np.testing.assert_array_equal(run(back, x), run(quantised(), x))
+
+
 @pytest.mark.parametrize(
     ("zero", "dtype", "said"),
     [

@@ -58,7 +58,7 @@ def install() -> dict[str, str]:
         with TemporaryDirectory() as folder:
             constraints = Path(folder, "constraints.txt")
             constraints.write_text(_TORCH, "utf-8")
-            pip = (PYTHON, "-m", "pip", "install", "--quiet", "--constraint", constraints)
+            pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
             subprocess.run([*pip, *_TOOLS, *_MODELOPT_NEEDS], check=True)
             subprocess.run([*pip, "--no-deps", _MODELOPT], check=True)
         (ENVIRONMENT / "ready").touch()
@@ -109,7 +109,7 @@ def evaluate(path: Path, inputs: Array) -> Array:
 
 
 def _call(*arguments: object) -> Any:
-    command = [PYTHON, WORKER, *map(str, arguments)]
+    command = [str(PYTHON), str(WORKER), *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -20,6 +20,7 @@ from exporter.records import Array
 Place: TypeAlias = tuple[str, int]
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+_OUTPUT = "output of the graph"
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -64,8 +65,9 @@ def reduced(
     for node, index, source in list(_edges(copy.graph)):
         if (node.name, index) in wanted:
             continue
-        if node.op_type == "Identity":
-            raise ValueError("an output is quantised, which cannot be taken back")
+        if node.name == _OUTPUT:
+            _give_directly(copy.graph, source, node.input[0])
+            continue
         node.input[index] = source
         if node.op_type in WEIGHTED and index == 0:
             restored = copy.graph.initializer.add()
@@ -87,8 +89,9 @@ def _edges(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, int, str]]:
             if source is not None and source not in constants:
                 yield node, index, source
     for output in graph.output:
-        if _behind(output.name, makers) is not None:
-            yield onnx.helper.make_node("Identity", [output.name], [], output.name), 0, output.name
+        source = _behind(output.name, makers)
+        if source is not None:
+            yield onnx.helper.make_node("Identity", [output.name], [], _OUTPUT), 0, source
 
 
 def _behind(name: str, makers: dict[str, onnx.NodeProto]) -> str | None:
@@ -100,6 +103,17 @@ def _behind(name: str, makers: dict[str, onnx.NodeProto]) -> str | None:
     if quantise is None or quantise.op_type != "QuantizeLinear":
         return None
     return _behind(quantise.input[0], makers) or quantise.input[0]
+
+
+def _give_directly(graph: onnx.GraphProto, source: str, output: str) -> None:
+    """Let ``source`` be the output, which was its dequantised form."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == output:
+                    names[index] = f"{output}_was_quantised"
+                elif name == source:
+                    names[index] = output
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
@@ -124,7 +138,7 @@ def problems(model: onnx.ModelProto) -> tuple[str, ...]:
             value = node.attribute[0].t
             tensors[node.output[0]] = onnx.numpy_helper.to_array(value)
             stored[node.output[0]] = value.data_type
-    found = set()
+    found: set[str] = set()
     for node in model.graph.node:
         if node.op_type in _PAIR:
             found.update(_problems_of(node, tensors, stored))

@@ -161,6 +161,7 @@ def _signed(model: Any) -> Any:
                 name = f"{node.name}_signed_{index}"
                 model.graph.initializer.append(numpy_helper.from_array(value, name))
                 node.input[index] = name
+    del model.graph.value_info[:]  # which say UINT8
     return model
 
 

@@ -120,7 +120,7 @@ def versus(
 
     The best is chosen on the held-out images, which favours the peer.
     """
-    mine = ours.convert(setting, network)
+    mine = ours.converted(setting, network)
     where = placement(mine.model)
     float32 = onnx.load(network.graph)
     same = {
@@ -157,7 +157,7 @@ def with_few_images(
     float32 = onnx.load(network.graph)
     for seed in seeds:
         images = draw(training, count=FEW, seed=seed).inputs
-        mine = ours.convert(setting, network, images).model
+        mine = ours.converted(setting, network, images).model
         given = network._replace(calibration=images)
         made = peers.make("ort-minmax-in+add", given, versions, threads=threads)
         if made.path is None:

@@ -4,7 +4,7 @@ MODEL   ?= resnet18
 BIN     := .venv/bin
 COMMA   := ,
 
-.PHONY: help export test check weights bench mutation clean
+.PHONY: help export test check weights bench mutation quantization clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -30,6 +30,9 @@ bench: .venv/ready-default    ## measure the forms that a BatchNorm can take whe
 
 mutation: .venv/ready-default    ## seed conversion bugs, and count those that the fidelity gate catches
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m mutation
+
+quantization: .venv/ready-default    ## INT8 against the real peers, installed beside; see its --help
+	PYTHONPATH=benchmarks $(BIN)/python -m quantization $(BENCH)
 
 clean:    ## remove what the targets above made
 	rm -rf .venv build

@@ -27,8 +27,8 @@ from exporter.errors import GraphError
 from exporter.precisions.int8 import Int8
 from exporter.quantisation.equalisation import _solve, _Tensor, equalise, factors
 from exporter.quantisation.groups import Groups
+from exporter.quantisation.judge import gain, is_better
 from exporter.quantisation.observe import describe, measured_error, observe
-from exporter.quantisation.plan import gain, is_better
 from exporter.quantisation.repair import _shrunk_mean, repair, rounded
 from exporter.quantisation.rounding import _columns, nearest, second_order, weight_scales
 

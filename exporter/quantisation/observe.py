@@ -35,12 +35,15 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """``peaks`` (samples, C) largest magnitude of each channel, ``power`` (C,) its mean square.
+    """``outputs`` are the float network's, (samples, outputs) float64.
+
+    ``peaks`` (samples, C) largest magnitude of each channel, ``power`` (C,) its mean square.
 
     ``gain`` (C,) is Σ g² of each tensor that is read quantised, ``gain_behind`` that of what each
     weighted layer writes; both the mean over samples.
     """
 
+    outputs: Tensor
     peaks: Mapping[str, Tensor]
     power: Mapping[str, Tensor]
     gain: Mapping[str, Tensor]
@@ -54,10 +57,12 @@ def observe(
     """Run the network in float on every sample, and backwards from the first ``probed``."""
     peaks: dict[str, list[Tensor]] = {name: [] for name in network.tensors}
     power: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
     count = parts(len(samples))
     with progress("int8: observe the network", count) as advance, torch.inference_mode():
         for x in batches(samples):
             found = network.run(x, watch=network.tensors)
+            outputs.append(found[network.output].flatten(1).double())
             for name in network.tensors:
                 each = _by_channel(found[name])
                 peaks[name].append(each.abs().amax(dim=2))
@@ -68,6 +73,7 @@ def observe(
     with progress("int8: observe what an error costs", _PROBES * parts(probed)) as advance:
         gain, behind = _gains(network, samples[:probed], advance)
     return Observed(
+        outputs=torch.cat(outputs),
         peaks={name: torch.cat(found) for name, found in peaks.items()},
         power=power,
         gain=gain,

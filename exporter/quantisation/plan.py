@@ -17,18 +17,19 @@ The samples are taken in the order of their SHA-256, so that the order they come
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from exporter.calibrators import CALIBRATORS, Calibrator, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.quantisation.equalisation import equalise, factors
+from exporter.quantisation.folds import FOLDS, Folds
 from exporter.quantisation.groups import Groups
-from exporter.quantisation.network import HIGH, UNSIGNED, Network, Scale
+from exporter.quantisation.judge import Judge, costs_less, nearest_weights
+from exporter.quantisation.network import HIGH, UNSIGNED, Network
 from exporter.quantisation.observe import Observed, describe, measured_error, observe
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
@@ -40,16 +41,8 @@ if TYPE_CHECKING:
 
 ENOUGH = 8  # samples below which nothing can be chosen by measurement
 _MOST = 256  # samples looked at: beyond, the choice does not change, and time grows
-_PROBED = 32
-_FOLDS = 4
-_CROSSED = 128  # samples that channel factors are judged on, in four folds
-_JUDGED = 64  # samples that every other choice is judged on
-_NORMS = (4.0, 8.0)
-_HEADROOM = (1.0, 1.2, 1.5)
-_FEW = 64  # samples below which headroom matters so much that every pair is tried
-_GAIN = 0.1  # dB
-_TENSOR_GAIN = 0.5  # dB
-_SOUND = 32  # samples from which the sum decides
+_PROBED = 32  # samples that are run backwards
+_JUDGED = 64  # samples that every choice but the first is judged on
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +92,15 @@ def make_plan(
 ) -> Plan:
     """Return the plan that is closest to the float network on samples it was not made from."""
     chosen = _in_order(samples)
-    held, fit = chosen[::_FOLDS], chosen[[i for i in range(len(chosen)) if i % _FOLDS]]
-    judge = _Judge(held[:_JUDGED])
+    held, fit = chosen[::FOLDS], chosen[[i for i in range(len(chosen)) if i % FOLDS]]
+    judge = Judge(held[:_JUDGED])
     observed = observe(network, chosen, probed=_PROBED, progress=progress)
     state = _State(network, statistics, {}, {}, 1.0)
     state = replace(state, scales=state.largest())
-    judge.first(state)
+    judge.first(network, state.scales)
     if switches.equalise:
         state = _equalised(state, observed, chosen, judge, recalibrate, progress)
-    state = _thresholds(state, switches, held[:_JUDGED], judge, progress)
+    state = _thresholds(state, switches, held[:_PROBED], judge, progress)
     return _repaired(state, observed, fit, switches, judge, progress)
 
 
@@ -125,75 +118,6 @@ class _State:
         return {name: self.headroom * self.statistics[name].amax / HIGH for name in tensors}
 
 
-class _Judge:
-    """Compares with the float network's outputs, and notes what each step brought."""
-
-    def __init__(self, samples: Array) -> None:
-        self.samples = samples
-        self.repairs: list[Repair] = []
-        self._reference = self._power = torch.empty(0)
-        self._before = torch.empty(0)
-
-    def first(self, state: _State) -> None:
-        """Judge the plain form: largest magnitudes, weights rounded to the nearest step."""
-        self._reference = state.network.outputs(self.samples)
-        self._power = self._reference.square().sum()
-        self._before = self.errors(state.network, state.scales, _nearest(state.network))
-        self.repairs.append(Repair("max", None, True, self.decibels(self._before)))
-
-    def errors(
-        self, network: Network, scales: Mapping[str, Scale], weights: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return ‖ŷ − y‖² of each sample."""
-        outputs = network.outputs(self.samples, scales, weights)
-        return (outputs - self._reference).square().sum(dim=1)
-
-    def takes(self, name: str, detail: str | None, errors: Tensor) -> bool:
-        """Note a step, and return whether it is better than the one before."""
-        kept = is_better(errors, self._before)
-        self.repairs.append(Repair(name, detail, kept, self.decibels(errors)))
-        if kept:
-            self._before = errors
-        return kept
-
-    def skips(self, name: str, detail: str) -> None:
-        """Note a step that was not tried, and why."""
-        self.repairs.append(Repair(name, detail, False, None))
-
-    def decibels(self, errors: Tensor) -> float:
-        total = float(errors.sum())
-        return float(10 * torch.log10(self._power / total)) if total else float("inf")
-
-
-def gain(errors: Tensor, before: Tensor) -> float:
-    """Return by how many dB the errors are smaller, half of it over all, half sample by sample.
-
-    A few samples, those that reach beyond the ranges, make most of the sum; the mean of the ratios
-    says more about the rest.
-    """
-    tiny = torch.finfo(errors.dtype).tiny
-    ratios = 10 * torch.log10(before.clamp_min(tiny) / errors.clamp_min(tiny))
-    total = 10 * torch.log10(before.sum().clamp_min(tiny) / errors.sum().clamp_min(tiny))
-    return float(total + ratios.mean()) / 2
-
-
-def is_better(errors: Tensor, before: Tensor) -> bool:
-    """Return whether the errors are smaller, and with few samples by more than chance explains."""
-    if gain(errors, before) < _GAIN:
-        return False
-    if len(errors) >= _SOUND:
-        return True
-    gained = before - errors
-    return len(gained) > 1 and float(gained.mean()) > float(gained.std() / len(gained) ** 0.5)
-
-
-def _costs_less(errors: Tensor, before: Tensor) -> bool:
-    """Return whether a tensor's own error is smaller by far: one of many would be by chance."""
-    gained = before - errors
-    noise = float(gained.std()) / len(gained) ** 0.5
-    return gain(errors, before) > _TENSOR_GAIN and float(gained.mean()) > 2 * noise
-
-
 # ── Channel factors ─────────────────────────────────────────────────────────────────
 
 
@@ -201,7 +125,7 @@ def _equalised(
     state: _State,
     observed: Observed,
     samples: Array,
-    judge: _Judge,
+    judge: Judge,
     recalibrate: Callable[[onnx.ModelProto], Statistics],
     progress: Progress,
 ) -> _State:
@@ -210,7 +134,7 @@ def _equalised(
     if not any(groups.of(name) for name in network.tensors):
         judge.skips("equalise", "no tensor can be scaled by channel")
         return state
-    folds = _Folds(network, observed, samples, groups)
+    folds = Folds(network, observed, samples, groups)
     norm, headroom = folds.best(progress)
     if norm is None and headroom == 1:
         judge.skips("equalise", "no factors were better on the folds they were not taken from")
@@ -229,84 +153,17 @@ def _equalised(
         statistics = state.statistics
     new = _State(network, statistics, divisors, {}, headroom)
     new = replace(new, scales=new.largest())
-    taken = judge.takes("equalise", detail, judge.errors(network, new.scales, _nearest(network)))
+    taken = judge.takes(
+        "equalise", detail, judge.errors(network, new.scales, nearest_weights(network))
+    )
     return new if taken else state
-
-
-@dataclass(frozen=True, slots=True)
-class _Folds:
-    """Ranges from three quarters of the samples, errors on the fourth, in turn."""
-
-    network: Network
-    observed: Observed
-    samples: Array
-    groups: Groups
-
-    def best(self, progress: Progress) -> tuple[float | None, float]:
-        """Return the norm and the headroom of the smallest error, or None and 1."""
-        few = len(self.samples) < _FEW
-        count = len(_HEADROOM) * (1 + len(_NORMS)) if few else len(_NORMS) + len(_HEADROOM)
-        with progress("int8: cross-validate channel factors", count) as advance:
-            plain = self._errors(None, 1.0)
-            advance()
-            pairs = [(p, h) for p in (None, *_NORMS) for h in _HEADROOM if p or h > 1]
-            tried = {pair: self._errors(*pair) for pair in self._told(pairs, few, advance)}
-            if not few:
-                norm = max(tried, key=lambda pair: gain(tried[pair], plain))[0]
-                norm = norm if gain(tried[norm, 1.0], plain) > 0 else None
-                for headroom in _HEADROOM[1:]:
-                    tried[norm, headroom] = self._errors(norm, headroom)
-                    advance()
-        best = max(tried, key=lambda pair: gain(tried[pair], plain))
-        return best if is_better(tried[best], plain) else (None, 1.0)
-
-    def _told(
-        self,
-        pairs: Sequence[tuple[float | None, float]],
-        few: bool,
-        advance: Callable[[], object],
-    ) -> Iterator[tuple[float | None, float]]:
-        for pair in pairs:
-            if few or pair[1] == 1:
-                yield pair
-                advance()
-
-    def _errors(self, norm: float | None, headroom: float) -> Tensor:
-        """Return ‖ŷ − y‖² of each fold's samples, with activations quantised and weights not."""
-        found = []
-        for fold in range(_FOLDS):
-            samples = self.samples[fold::_FOLDS][: _CROSSED // _FOLDS]
-            others = [i for i in range(len(self.samples)) if i % _FOLDS != fold]
-            peaks = {name: p[others].amax(dim=0) for name, p in self.observed.peaks.items()}
-            scales = self._scales(peaks, norm, headroom)
-            outputs = self.network.outputs(samples, scales)
-            found.append((outputs - self.network.outputs(samples)).square().sum(dim=1))
-        return torch.cat(found)
-
-    def _scales(
-        self, peaks: Mapping[str, Tensor], norm: float | None, headroom: float
-    ) -> dict[str, Scale]:
-        """Return scales by channel: x / s in steps of Δ is x in steps of Δ · s."""
-        by_group = {}
-        if norm is not None:
-            by_group = factors(self.network, self.observed, peaks, self.groups, norm)
-        found: dict[str, Scale] = {}
-        for name in self.network.tensors:
-            divisor = by_group.get(self.groups.of(name) or "")
-            if divisor is None:
-                found[name] = headroom * float(peaks[name].max()) / HIGH
-                continue
-            shape = (-1, *[1] * (len(self.observed.shapes[name]) - 2))
-            step = headroom * float((peaks[name] / divisor).max()) / HIGH
-            found[name] = (step * divisor).reshape(shape)
-        return found
 
 
 # ── Thresholds ──────────────────────────────────────────────────────────────────────
 
 
 def _thresholds(
-    state: _State, switches: Switches, samples: Array, judge: _Judge, progress: Progress
+    state: _State, switches: Switches, samples: Array, judge: Judge, progress: Progress
 ) -> _State:
     """Return the state with the thresholds asked for, or each tensor's cheapest."""
 
@@ -329,13 +186,13 @@ def _thresholds(
     errors = measured_error(state.network, samples, candidates, progress=progress)
     for tensor, rows in errors.items():
         best = int(rows.mean(dim=1).argmin())
-        if best and _costs_less(rows[best], rows[0]):
+        if best and costs_less(rows[best], rows[0]):
             scales[tensor] = candidates[tensor][best]
             changed.append(f"{names[best - 1]} for {tensor}")
     if not changed:
         judge.skips("thresholds", "the largest magnitude is best for every tensor")
         return state
-    now = judge.errors(state.network, scales, _nearest(state.network))
+    now = judge.errors(state.network, scales, nearest_weights(state.network))
     taken = judge.takes("thresholds", ", ".join(changed), now)
     return replace(state, scales=scales) if taken else state
 
@@ -348,7 +205,7 @@ def _repaired(
     observed: Observed,
     samples: Array,
     switches: Switches,
-    judge: _Judge,
+    judge: Judge,
     progress: Progress,
 ) -> Plan:
     network = state.network
@@ -377,13 +234,13 @@ def _repaired(
 
 
 def _plan(
-    state: _State, found: Repaired, judge: _Judge, progress: Progress, *, biases: bool
+    state: _State, found: Repaired, judge: Judge, progress: Progress, *, biases: bool
 ) -> Plan:
     import numpy as np
 
     tensors = describe(
         state.network,
-        judge.samples[:_PROBED],
+        judge.samples[: _PROBED // 2],
         state.scales,
         found.constants(biases=False),
         found.scales,
@@ -400,10 +257,6 @@ def _plan(
         repairs=tuple(judge.repairs),
         tensors=tensors,
     )
-
-
-def _nearest(network: Network) -> dict[str, Tensor]:
-    return rounded(network).constants(biases=False)
 
 
 def _in_order(samples: Array) -> Array:

@@ -1,13 +1,17 @@
 """Weights rounded to second order: the error of one is made up for by those not rounded yet.
 
-For a layer y = W·x the rounding that is nearest in its weights is not nearest in its outputs. With
-H = E[x·xᵀ] over what the layer really reads (quantised), column after column is rounded, and its
-error is taken out of the columns still to come along the inverse of H (E. Frantar et al., "GPTQ",
-ICLR 2023, after "Optimal Brain Surgeon"):
+For a layer y = W·x the rounding that is nearest in its weights is not nearest in its outputs, whose
+squared error is e·H·eᵀ for a row's error e = w − q and H = E[x·xᵀ] over what the layer really reads
+(quantised). With H = C·Cᵀ, C lower triangular, that is ‖e·C‖², whose last component is e_K·C_KK
+alone; so the last weight is rounded to the nearest, and each one before it to make up for those
+behind it:
 
-    e_i = (w_i − q_i) / U_ii        w_j ← w_j − e_i · U_ij  for j > i        Uᵀ·U = H⁻¹
+    q_i = rint((w_i + Σ_{j > i} e_j · C_ji / C_ii) / s)
 
-in the order of decreasing H_ii, with 1 % of H's mean diagonal added to it.
+Those with the largest H_ii come last and are rounded first; 1 % of H's mean diagonal is added to
+it. This is GPTQ (E. Frantar et al., ICLR 2023) written as L. Babai's nearest plane (1986), which
+gives the same roundings without the inverse of H (J. Chen et al., "The Geometry of LLM
+Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch.nn import functional
 from exporter.emulation import Step
 
 LIMIT = 127
-_COLUMNS = 12288
+_COLUMNS = 8192
 _DAMPING = 0.01
 _BLOCK = 128
 
@@ -56,29 +60,28 @@ def second_order(step: Step, weights: Tensor, scales: Tensor, inputs: Tensor, se
 
 
 def _round(weights: Tensor, second_moment: Tensor, scales: Tensor) -> Tensor:
-    diagonal = second_moment.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    upper = _inverse_root(second_moment[order][:, order])
-    if upper is None:
+    order = torch.argsort(second_moment.diagonal(), stable=True)
+    root = _root(second_moment[order][:, order])
+    if root is None:
         return nearest(weights, scales)
-    left = weights[:, order].clone()
-    rounded = torch.empty_like(left)
-    for start in range(0, left.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, left.shape[1])
-        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
-        inner = upper[start:stop, start:stop]
-        for i in range(stop - start):
-            q = (block[:, i : i + 1] / scales).round().clamp(-LIMIT, LIMIT)
+    exact = weights[:, order]
+    rounded, errors = torch.empty_like(exact), torch.zeros_like(exact)
+    for stop in range(exact.shape[1], 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        behind = errors[:, stop:] @ root[stop:, start:stop]
+        inner = root[start:stop, start:stop]
+        block = errors[:, start:stop]
+        for i in reversed(range(stop - start)):
+            w = exact[:, start + i : start + i + 1]
+            owed = behind[:, i : i + 1] + block[:, i + 1 :] @ inner[i + 1 :, i : i + 1]
+            q = ((w + owed / inner[i, i]) / scales).round().clamp(-LIMIT, LIMIT)
             rounded[:, start + i : start + i + 1] = q
-            error = (block[:, i : i + 1] - q * scales) / inner[i, i]
-            block[:, i:] -= error @ inner[i : i + 1, i:]
-            errors[:, i : i + 1] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+            block[:, i : i + 1] = w - q * scales
     return rounded[:, torch.argsort(order)]
 
 
-def _inverse_root(matrix: Tensor) -> Tensor | None:
-    """Return the upper U with Uᵀ·U = H⁻¹, H damped until it has one; None for a zero matrix."""
+def _root(matrix: Tensor) -> Tensor | None:
+    """Return the lower C with C·Cᵀ = H, H damped until it has one; None for a zero matrix."""
     mean = float(matrix.diagonal().mean())
     if not mean > 0:
         return None
@@ -86,11 +89,8 @@ def _inverse_root(matrix: Tensor) -> Tensor | None:
     for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
         root, info = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
         if not info:
-            inverse = torch.cholesky_inverse(root)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not info:
-                found: Tensor = upper
-                return found
+            found: Tensor = root
+            return found
     return None
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from exporter.calibrators import Calibrator, threshold
+from exporter.calibrators import threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.errors import GraphError
 from exporter.precisions._half import to_half
@@ -59,7 +59,7 @@ class Int8(Plugin, frozen=True):
     module, that stay in float; ``half_io`` makes input and output half where ``around`` is.
     """
 
-    calibrator: Literal["auto"] | Calibrator = "auto"
+    calibrator: Literal["auto", "max", "percentile", "mse", "entropy"] = "auto"
     percentile: float = 99.999
     equalise: bool = True
     rounding: bool = True

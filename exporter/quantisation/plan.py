@@ -19,11 +19,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from exporter.calibrators import CALIBRATORS, Calibrator, threshold
+from exporter.calibrators import CALIBRATORS, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.quantisation.equalisation import equalise, factors
 from exporter.quantisation.folds import FOLDS, Folds
@@ -49,7 +49,7 @@ _JUDGED = 64  # samples that every choice but the first is judged on
 class Switches:
     """What may be used: the options of the same names of `exporter.precisions.int8`."""
 
-    calibrator: Literal["auto"] | Calibrator
+    calibrator: str
     percentile: float
     equalise: bool
     rounding: bool

@@ -29,7 +29,7 @@ from exporter.quantisation.rounding import nearest, second_order, weight_scales
 if TYPE_CHECKING:
     from exporter.records import Array
 
-_MEMORY = 1 << 30  # bytes that the tensors alive at one time may take
+_MEMORY = 3 << 28  # bytes that the tensors alive at one time may take
 
 
 @dataclass(slots=True)

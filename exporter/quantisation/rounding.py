@@ -26,7 +26,7 @@ from torch.nn import functional
 from exporter.emulation import Step
 
 LIMIT = 127
-_COLUMNS = 8192
+_COLUMNS = 6144
 _DAMPING = 0.01
 _BLOCK = 128
 

@@ -223,7 +223,7 @@ def files(tmp_path_factory) -> Path:
         ("--set parity.seed=9999999999", 2, "seed must be from 0 to 4294967295, found 9999999999"),
         ("--set timing.pytorch_threads=100000", 2, "pytorch_threads must be from 0 to 256"),
         ("--set runtime.ort-cpu.threads=100000", 2, "threads must be from 0 to 256"),
-        ("--set precision.int8.options.calibrator=entropy", 2, "precision.int8.options: calibrator: 'entropy' is not allowed\nHint: "),
+        ("--set precision.int8.options.calibrator=kl", 2, "precision.int8.options: calibrator: 'kl' is not allowed\nHint: "),
         ("--set timing=5", 2, "timing: expected table, got int, found 5"),
         ("-p ,", 2, "no precision was chosen"),
         ("--batch ²,1,1", 2, "--batch ²,1,1: expected MIN,OPT,MAX"),

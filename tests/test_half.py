@@ -716,7 +716,7 @@ def with_a_small_scale() -> onnx.ModelProto:
 def around_int8():
     small = with_a_small_scale()
     seen = {name: Whole(found.amax) for name, found in ranges(small).items()}
-    return convert("int8", small, seen, around="fp16")
+    return convert("int8", small, seen, **PLAIN, around="fp16")
 
 
 def test_a_layer_with_a_scale_below_halfs_range_stays_fp32_with_its_pairs_around_int8():

@@ -56,7 +56,7 @@ class TensorStatistics(Protocol):
     """What calibration saw of one tensor.
 
     Every float tensor has ``amax``, ``minimum`` and ``maximum``. The rest raises `GraphError` for
-    one that no convolution, product or sum reads.
+    one that no convolution, product, sum or average reads.
     """
 
     @property

@@ -430,7 +430,7 @@ def test_every_other_float_tensor_has_its_range_and_says_that_it_has_no_more(res
         assert (seen.minimum, seen.maximum) == (values.min(), values.max()), name
         assert seen.samples == len(x)
     for ask in (lambda t: t.percentile(99), lambda t: t.mse(), lambda t: t.channel_power):
-        with refused(GraphError, "no convolution, product or sum reads"):
+        with refused(GraphError, "no convolution, product, sum or average reads"):
             ask(found["c1"])
 
 

@@ -55,6 +55,13 @@ def ladder_of(job: Job, folder: Path) -> Ladder:
     return Ladder(job, Truth.compute(job, folded), Asked.of(job, onnx.load(path), "fp32"))
 
 
+def test_any_number_of_noise_samples_is_compared(tiny_model, tmp_path):
+    job = resolve(tiny_model, **{"parity.random": 1})
+    folded = ladder_of(job, tmp_path).pytorch_rungs()[1]
+    assert folded.fidelity.samples == 9
+    assert folded.fidelity.verdict == "pass"
+
+
 @pytest.fixture(scope="module")
 def ladder(tiny_model, tmp_path_factory) -> Ladder:
     return ladder_of(resolve(tiny_model), tmp_path_factory.mktemp("ladder"))

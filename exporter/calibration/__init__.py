@@ -4,8 +4,8 @@ Every sample runs alone through the FP32 graph in ONNX Runtime, so the result ca
 batch size, and everything kept is a maximum, a count or an exact sum, so it cannot depend on the
 order either. The exception is the history of the scales, which shows how they came about.
 
-Every float tensor of the graph gets a `Range`, and those that convolutions, products and sums read
-get `Magnitudes`.
+Every float tensor of the graph gets a `Range`, and those that convolutions, products, sums and
+averages read (`READERS`) get `Magnitudes`.
 """
 
 from __future__ import annotations

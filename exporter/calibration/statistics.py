@@ -85,8 +85,8 @@ class Range:
 
     def _uncounted(self) -> NoReturn:
         raise GraphError(
-            "a tensor that no convolution, product or sum reads has a range, and no counts of its "
-            "values"
+            "a tensor that no convolution, product, sum or average reads has a range, and no "
+            "counts of its values"
         )
 
 

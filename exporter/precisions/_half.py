@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from exporter.contracts import Converted, Statistics
 from exporter.errors import GraphError, UnknownName
+from exporter.onnx_edits import replace_nodes
 from exporter.precisions._floats import FP16, Floats, Half
 from exporter.precisions._losses import outputs_moved
 from exporter.precisions._range import (
@@ -113,9 +114,7 @@ def _take_constants_out(graph: onnx.GraphProto) -> None:
             single = held.get("value_float")
             value = np.array(single.f if single else held["value_floats"].floats, dtype=np.float32)
         graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
     del graph.value_info[:]
 
 

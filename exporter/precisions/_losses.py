@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from exporter.onnx_edits import replace_constants
 from exporter.precisions._floats import Half
 from exporter.records import Array
 
@@ -76,10 +77,9 @@ def _rounded(model: onnx.ModelProto, names: Collection[str], half: Half) -> onnx
 
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    for tensor in changed.graph.initializer:
-        if tensor.name in names:
-            values = half.rounded(onnx.numpy_helper.to_array(tensor))
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    constants = {t.name: t for t in changed.graph.initializer if t.name in names}
+    rounded = {n: half.rounded(onnx.numpy_helper.to_array(t)) for n, t in constants.items()}
+    replace_constants(changed.graph, rounded)
     return changed
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.errors import GraphError, UnknownName
+from exporter.onnx_edits import replace_nodes
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -161,15 +162,6 @@ class Pairs:
             )
         )
 
-    def replace(self, constants: Mapping[str, Array]) -> None:
-        """Put other values in place of float constants, of the same shape."""
-        import onnx
-
-        for tensor in self.graph.initializer:
-            if tensor.name in constants:
-                value = constants[tensor.name]
-                tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
-
     def write(self) -> None:
         """Put the pairs into the graph, each right behind what it reads."""
         nodes = list(self._weight_pairs)
@@ -179,9 +171,7 @@ class Pairs:
             nodes.append(node)
             for name in node.output:
                 nodes += self._pairs.get(name, [])
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
+        replace_nodes(self.graph, nodes)
         del self.graph.value_info[:]
 
 

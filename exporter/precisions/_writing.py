@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporter.onnx_edits import replace_nodes
 from exporter.precisions._floats import ALWAYS_FLOAT, Half
 from exporter.precisions._regions import READS_ANY, Regions
 
@@ -153,9 +154,7 @@ class Writer:
         nodes = list(behind.get(None, ()))
         for index, node in enumerate(self.graph.node):
             nodes += [node, *behind.get(index, ())]
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
+        replace_nodes(self.graph, nodes)
 
     def _unused(self, name: str) -> str:
         while name in self._taken:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from exporter.calibrators import threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.errors import GraphError
+from exporter.onnx_edits import replace_constants
 from exporter.precisions._half import to_half
 from exporter.precisions._integers import Integers
 from exporter.precisions._qdq import (
@@ -137,7 +138,7 @@ class Int8(Plugin, frozen=True):
         for layer, whole in writer.quantise_weights(None if plan is None else plan.stored).items():
             check_sums(layer, whole, 128)
         if plan is not None:
-            writer.replace(plan.biases)
+            replace_constants(writer.graph, plan.biases)
 
     def _quantise_all(self, writer: Integers, plan: Plan | None, statistics: Statistics) -> None:
         def reach(name: str) -> float | None:

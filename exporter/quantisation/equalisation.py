@@ -23,12 +23,15 @@ import torch
 from torch import Tensor
 
 from exporter.emulation import Step
+from exporter.onnx_edits import replace_constants, replace_nodes
 from exporter.quantisation.groups import LAYERS, Groups
 from exporter.quantisation.network import Network
 from exporter.quantisation.observe import Observed
 
 if TYPE_CHECKING:
     import onnx
+
+    from exporter.records import Array
 
 _FLOOR = 1e-3  # of a tensor's largest channel: what a channel that saw little may still come to
 _WEIGHTS = 0.3  # rounding to second order leaves about a third of the weights' error
@@ -140,7 +143,7 @@ def equalise(
                 bounds[step.name] = (known[step.reads[2]].double() / behind).reshape(shape)
     scaled = onnx.ModelProto()
     scaled.CopyFrom(network.model)
-    _replace(scaled.graph, constants)
+    replace_constants(scaled.graph, {name: _array(c) for name, c in constants.items()})
     _bound(scaled.graph, bounds)
     every = [network.input, *(name for step in network.emulator.steps for name in step.writes)]
     return scaled, {name: s.float() for name in every if name and (s := divisor(name)) is not None}
@@ -168,13 +171,9 @@ def _scaled_layer(
     return {name: weights, **found}
 
 
-def _replace(graph: onnx.GraphProto, constants: Mapping[str, Tensor]) -> None:
-    import onnx
-
-    for tensor in graph.initializer:
-        if tensor.name in constants:
-            value = constants[tensor.name].float().contiguous().numpy()
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+def _array(value: Tensor) -> Array:
+    found: Array = value.float().contiguous().numpy()
+    return found
 
 
 def _bound(graph: onnx.GraphProto, bounds: Mapping[str, Tensor]) -> None:
@@ -187,12 +186,10 @@ def _bound(graph: onnx.GraphProto, bounds: Mapping[str, Tensor]) -> None:
             nodes.append(node)
             continue
         bound, inner = f"{node.output[0]}_bound", f"{node.output[0]}_relu"
-        value = bounds[node.name].float().contiguous().numpy()
+        value = _array(bounds[node.name])
         graph.initializer.append(onnx.numpy_helper.from_array(value, bound))
         nodes += [
             onnx.helper.make_node("Relu", [node.input[0]], [inner], f"{node.name}/Relu"),
             onnx.helper.make_node("Min", [inner, bound], [node.output[0]], node.name),
         ]
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)

@@ -20,6 +20,12 @@ Calibrator: TypeAlias = Literal["max", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[Calibrator, ...] = ("max", "percentile", "mse", "entropy")
 
 
+def check_percentile(percentile: float) -> None:
+    """Raise `ValueError` unless some share of the values, or all, can be meant."""
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be above 0 and at most 100, found {percentile}")
+
+
 def threshold(
     name: str, tensor: TensorStatistics, percentile: float = 99.999, *, levels: int = 127
 ) -> float:

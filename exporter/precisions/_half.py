@@ -81,6 +81,25 @@ def to_half(
     )
 
 
+def check_half_io(around: str, *, half_io: bool) -> None:
+    """Raise `ValueError` where input and output would be half around floats that are not."""
+    if half_io and around != "fp16":
+        raise ValueError('half_io needs around = "fp16"')
+
+
+def in_halves(
+    made: Converted, around: str, *, half_io: bool, statistics: Statistics, samples: Array
+) -> Converted:
+    """Return a quantised graph with its floats as halves where ``around`` says so.
+
+    ``statistics`` are those of its floats; otherwise as `to_half`.
+    """
+    if around != "fp16":
+        return made
+    half = to_half(made.model, half_io=half_io, statistics=statistics, samples=samples)
+    return made._replace(model=half.model, notes=(*made.notes, *half.notes))
+
+
 def check_margin(margin: float) -> None:
     """Raise `ValueError` unless activations may reach at least as far as they did."""
     if not (math.isfinite(margin) and margin >= 1):

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from exporter.calibrators import check_percentile, threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
-from exporter.precisions._half import SMALLEST_NORMAL, to_half
+from exporter.precisions._half import SMALLEST_NORMAL, check_half_io, in_halves
 from exporter.precisions._qdq import FP8, Pairs, activation_scale, coverage, layers_to_quantise
 from exporter.records import Array
 
@@ -46,10 +47,8 @@ class Fp8(Plugin, frozen=True):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile must be above 0 and at most 100, found {self.percentile}")
-        if self.half_io and self.around != "fp16":
-            raise ValueError('half_io needs around = "fp16"')
+        check_percentile(self.percentile)
+        check_half_io(self.around, half_io=self.half_io)
 
     def convert(
         self,
@@ -67,16 +66,14 @@ class Fp8(Plugin, frozen=True):
         layers = layers_to_quantise(quantised.graph, linear=self.linear, keep=self.keep)
         writer = Pairs(quantised.graph, layers, storage)
         for name in writer.activations():
-            seen = statistics[name]
-            amax = seen.amax if self.calibrator == "max" else seen.percentile(self.percentile)
+            amax = threshold(self.calibrator, statistics[name], self.percentile)
             writer.quantise_activation(name, activation_scale(name, amax, storage))
         writer.quantise_weights()
         writer.write()
-        notes = (coverage(model.graph, layers, FP8.name, self.around),)
-        if self.around == "fp32":
-            return Converted(quantised, notes)
-        half = to_half(quantised, half_io=self.half_io, statistics=statistics, samples=samples)
-        return Converted(half.model, (*notes, *half.notes))
+        made = Converted(quantised, (coverage(model.graph, layers, FP8.name, self.around),))
+        return in_halves(
+            made, self.around, half_io=self.half_io, statistics=statistics, samples=samples
+        )
 
 
 PLUGIN = Fp8

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from exporter.calibrators import threshold
+from exporter.calibrators import check_percentile, threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.errors import GraphError
 from exporter.onnx_edits import replace_constants
-from exporter.precisions._half import to_half
+from exporter.precisions._half import check_half_io, in_halves
 from exporter.precisions._integers import Integers
 from exporter.precisions._qdq import (
     INT8,
@@ -75,10 +75,8 @@ class Int8(Plugin, frozen=True):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile must be above 0 and at most 100, found {self.percentile}")
-        if self.half_io and self.around != "fp16":
-            raise ValueError('half_io needs around = "fp16"')
+        check_percentile(self.percentile)
+        check_half_io(self.around, half_io=self.half_io)
         if self.form == "onnxruntime" and self.around != "fp32":
             raise ValueError(f'form = "onnxruntime" needs around = "fp32", found {self.around!r}')
         if self.form == "onnxruntime" and not self.residual:
@@ -110,15 +108,13 @@ class Int8(Plugin, frozen=True):
         if self.form == "onnxruntime":
             notes += (NO_VNNI,)
         more = () if plan is None else (plan.repairs, plan.tensors, plan.divisors)
-        if self.around == "fp16":
-            half = to_half(
-                quantised,
-                half_io=self.half_io,
-                statistics=statistics if plan is None else plan.statistics,
-                samples=samples,
-            )
-            return Converted(half.model, (*notes, *half.notes), *more)
-        return Converted(quantised, notes, *more)
+        return in_halves(
+            Converted(quantised, notes, *more),
+            self.around,
+            half_io=self.half_io,
+            statistics=statistics if plan is None else plan.statistics,
+            samples=samples,
+        )
 
     def _places(self, model: onnx.ModelProto, layers: dict[str, onnx.NodeProto]) -> Pairs:
         """Return where the pairs stand, in the form asked for."""

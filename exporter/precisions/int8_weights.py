@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
-from exporter.precisions._half import to_half
+from exporter.precisions._half import check_half_io, in_halves
 from exporter.precisions._qdq import INT8, Pairs, coverage, layers_to_quantise
 from exporter.records import Array
 
@@ -38,8 +38,7 @@ class Int8Weights(Plugin, frozen=True):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.half_io and self.around != "fp16":
-            raise ValueError('half_io needs around = "fp16"')
+        check_half_io(self.around, half_io=self.half_io)
 
     def convert(
         self,
@@ -58,10 +57,13 @@ class Int8Weights(Plugin, frozen=True):
         writer.quantise_weights()
         writer.write()
         notes = (coverage(model.graph, layers, "INT8 (weights alone)", self.around),)
-        if self.around == "fp32":
-            return Converted(quantised, notes)
-        half = to_half(quantised, half_io=self.half_io, statistics=statistics, samples=samples)
-        return Converted(half.model, (*notes, *half.notes))
+        return in_halves(
+            Converted(quantised, notes),
+            self.around,
+            half_io=self.half_io,
+            statistics=statistics,
+            samples=samples,
+        )
 
 
 PLUGIN = Int8Weights

@@ -11,6 +11,7 @@ PACKAGES = (
     *("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "scikit-learn", "safetensors"),
 )
+_BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
 
 
 def capture() -> dict[str, str]:
@@ -42,6 +43,16 @@ class OtherLoad:
 
     def __init__(self) -> None:
         self._start = _processor_seconds()
+
+    def doubt(self) -> tuple[str, ...]:
+        """Return why latency that was measured meanwhile may not hold, if so."""
+        share = self.share()
+        if share is None or share <= _BUSY:
+            return ()
+        return (
+            f"other processes took {share:.0%} of the processors while latency was measured, so "
+            "that it may not hold",
+        )
 
     def share(self) -> float | None:
         """Return other processes' part of all processor time since this was made, 0 to 1."""

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Job:
     """What was asked for, found possible; and how long each stage of it took.
 
-    ``calibrated`` is there once a graph was calibrated.
+    ``calibrated`` is there once a graph was calibrated; ``overlap`` are the calibration samples
+    that are among the held-out ones.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Job:
     calibration: Samples | None
     progress: Progress
     stages: list[Stage] = field(default_factory=list)
+    overlap: tuple[int, ...] = ()
     calibrated: Convergence | None = None
 
     @classmethod
@@ -85,8 +87,11 @@ class Job:
         needed = any(precision.needs_calibration for precision in precisions.values())
         held_out = samples.load_split(chosen.data, spec.shape, "held-out")
         calibrating = _calibration(chosen, profile, spec, calibration, needed=needed)
-        if calibrating and not allow_overlap:
-            _refuse_overlap(calibrating, held_out)
+        shared: tuple[int, ...] = ()
+        if calibrating:
+            shared = samples.overlap(calibrating.inputs, held_out.inputs)
+            if shared and not allow_overlap:
+                raise _overlapping(calibrating, held_out, shared)
         return cls(
             name=name,
             model=chosen,
@@ -101,6 +106,7 @@ class Job:
             noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
             calibration=calibrating,
             progress=progress,
+            overlap=shared,
         )
 
     @contextmanager
@@ -162,9 +168,9 @@ class Job:
                 f"the scales were calibrated on {count} samples, and below {FEW_IMAGES} they "
                 "depend much on which ones"
             )
-        if shared := samples.overlap(self.calibration.inputs, self.held_out.inputs):
+        if self.overlap:
             doubts.append(
-                f"{len(shared)} of the {count} calibration samples are among the "
+                f"{len(self.overlap)} of the {count} calibration samples are among the "
                 f"{self.held_out.origin} that the precisions are judged on, so that those look "
                 "better than they are"
             )
@@ -219,14 +225,13 @@ def _calibration(
     return samples.draw(training, count=wanted.images, seed=wanted.seed)
 
 
-def _refuse_overlap(calibration: Samples, held_out: Samples) -> None:
-    """Raise `InputRefused` if scales would be set on the samples that they are judged on."""
-    if shared := samples.overlap(calibration.inputs, held_out.inputs):
-        raise InputRefused(
-            f"{len(shared)} of the {len(calibration.inputs)} calibration samples are among the "
-            f"{held_out.origin} that the export is judged on, the first of them sample {shared[0]}",
-            hint="leave them out, or allow it with --allow-overlap",
-        )
+def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...]) -> InputRefused:
+    """Return why scales are not set on the samples that they are judged on."""
+    return InputRefused(
+        f"{len(shared)} of the {len(calibration.inputs)} calibration samples are among the "
+        f"{held_out.origin} that the export is judged on, the first of them sample {shared[0]}",
+        hint="leave them out, or allow it with --allow-overlap",
+    )
 
 
 def _check_memory(spec: TensorSpec, profile: Profile) -> None:

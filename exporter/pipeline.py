@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 PYTORCH = "PyTorch eager, fp32"
 _USEFUL = 0.5  # accuracy below which a network's labels are hardly worth preserving
-_BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
-_UNSTEADY = 1.25  # p90 / p50 from which a candidate's latency is in doubt
 _FOLD_SAMPLES = 8  # enough to see a wrong fold, whose error is some 1e13 times that of a right one
 
 
@@ -239,16 +237,10 @@ def _time(job: Job, timed: Mapping[str, Session]) -> tuple[tuple[Latency, ...], 
     batches = {size: job.feed(size) for size in timing.batches}
     others = environment.OtherLoad()
     latency = measure_latency(timed, batches, timing, progress=job.stage)
-    doubts = []
-    if (share := others.share()) is not None and share > _BUSY:
-        doubts.append(
-            f"other processes took {share:.0%} of the processors while latency was measured, so "
-            "that it may not hold"
-        )
-    doubts += [
+    unsteady = (
         f"the latency of {found.name} at batch {found.batch} is unsteady: its p90 is "
         f"{found.p90_ms / found.p50_ms:.1f} times its p50"
         for found in latency
-        if found.p90_ms > _UNSTEADY * found.p50_ms
-    ]
-    return latency, tuple(doubts)
+        if found.is_unsteady
+    )
+    return latency, (*others.doubt(), *unsteady)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from exporter.records.base import Found, rank
 
+_UNSTEADY = 1.25  # p90 / p50
+
 
 class Latency(Found, frozen=True):
     """Every sample that was taken, warm-up excluded. Summaries are derived, never stored."""
@@ -29,6 +31,11 @@ class Latency(Found, frozen=True):
     @property
     def p99_ms(self) -> float:
         return self.percentile(99)
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether it varies so much that it is in doubt."""
+        return self.p90_ms > _UNSTEADY * self.p50_ms
 
     @property
     def per_second(self) -> float:

@@ -32,7 +32,6 @@ from exporter.tune.bench import Bench
 from exporter.version import TOOL
 
 _USEFUL = 0.5  # accuracy below which a drop in it says little
-_BUSY, _UNSTEADY = 0.1, 1.25  # as in the pipeline: others' share of the processors, and p90 / p50
 _TRYING, _TIMING = 0.6, 0.2  # of the minutes: until when candidates are begun, and for latency
 LIGHT = " light"  # in a candidate's name: kept in the order of error against work
 _FEWEST_RUNS = 11  # of the latency, however slow a network is
@@ -177,7 +176,7 @@ class Search:
             msgspec.structs.replace(candidate, latency=by_name.get(candidate.name))
             for candidate in self.candidates
         ]
-        return tuple(_doubts_of_latency(found, others.share()))
+        return (*others.doubt(), *_unsteady(found))
 
     def _timing(self, sessions: dict[str, Session]) -> Timing:
         """Return the profile's timing at its first batch size, with as many runs as there is time.
@@ -290,13 +289,8 @@ def does_it_pay(
     yield f"{precision.upper()} {'pays' if pays else 'does not pay'} here: {said}"
 
 
-def _doubts_of_latency(found: tuple[Latency, ...], others: float | None) -> Iterator[str]:
-    if others is not None and others > _BUSY:
-        yield (
-            f"other processes took {others:.0%} of the processors while latency was measured, so "
-            "that it may not hold"
-        )
-    unsteady = {x.name: ratio for x in found if (ratio := x.p90_ms / x.p50_ms) > _UNSTEADY}
+def _unsteady(found: tuple[Latency, ...]) -> Iterator[str]:
+    unsteady = {x.name: x.p90_ms / x.p50_ms for x in found if x.is_unsteady}
     if unsteady:
         worst = max(unsteady, key=lambda name: unsteady[name])
         yield (

@@ -398,7 +398,8 @@ def test_every_tensor_says_what_it_came_to(plain):
     scales[clipped] /= 2
     plain = rounded(network)
     weights = plain.constants(biases=False)
-    found = {t.name: t for t in describe(network, CALIBRATION, scales, weights, plain.scales)}
+    came_to = describe(network, CALIBRATION, scales, weights, plain.scales, statistics=statistics)
+    found = {tensor.name: tensor for tensor in came_to}
     assert sum(tensor.share for tensor in found.values()) == pytest.approx(1)
     x = np.abs(CALIBRATION)
     assert found[clipped].saturated == pytest.approx((x > 127.5 * scales[clipped]).mean())

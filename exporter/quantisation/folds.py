@@ -6,7 +6,7 @@ since rounding to second order takes most of the weights' part out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,10 @@ class Folds:
         first = [(p, h) for p in (None, *NORMS) for h in (HEADROOM if few else HEADROOM[:1])]
         count = len(first) + (0 if few else 1)
         with progress("int8: cross-validate channel factors", count) as advance:
+            scales = {norm: self._scales(norm) for norm in (None, *NORMS)}
             tried = {}
-            for pair in first:
-                tried[pair] = self._errors(*pair)
+            for norm, headroom in first:
+                tried[norm, headroom] = self._errors(scales[norm], headroom)
                 advance()
             plain = tried[None, 1.0]
 
@@ -55,37 +56,38 @@ class Folds:
                 return max(tried, key=lambda pair: gain(tried[pair], plain))
 
             if not few:
-                pair = (best()[0], HEADROOM[1])
-                tried[pair] = self._errors(*pair)
+                norm, headroom = best()[0], HEADROOM[1]
+                tried[norm, headroom] = self._errors(scales[norm], headroom)
                 advance()
         return best() if is_better(tried[best()], plain) else (None, 1.0)
 
-    def _errors(self, norm: float | None, headroom: float) -> Tensor:
+    def _errors(self, scales: Sequence[Mapping[str, Scale]], headroom: float) -> Tensor:
         """Return ‖ŷ − y‖² of each fold's samples, with activations quantised and weights not."""
         found = []
         for fold in range(FOLDS):
-            chosen = range(fold, len(self.samples), FOLDS)[: CROSSED // FOLDS]
-            others = [i for i in range(len(self.samples)) if i % FOLDS != fold]
-            peaks = {name: p[others].amax(dim=0) for name, p in self.observed.peaks.items()}
-            scales = self._scales(peaks, norm, headroom)
-            outputs = self.network.outputs(self.samples[list(chosen)], scales)
-            found.append((outputs - self.observed.outputs[list(chosen)]).square().sum(dim=1))
+            chosen = list(range(fold, len(self.samples), FOLDS)[: CROSSED // FOLDS])
+            wider = {name: headroom * scale for name, scale in scales[fold].items()}
+            outputs = self.network.outputs(self.samples[chosen], wider)
+            found.append((outputs - self.observed.outputs[chosen]).square().sum(dim=1))
         return torch.cat(found)
 
-    def _scales(
-        self, peaks: Mapping[str, Tensor], norm: float | None, headroom: float
-    ) -> dict[str, Scale]:
-        """Return scales by channel: x / s in steps of Δ is x in steps of Δ · s."""
-        by_group = {}
-        if norm is not None:
-            by_group = factors(self.network, self.observed, peaks, self.groups, norm)
-        found: dict[str, Scale] = {}
-        for name in self.network.tensors:
-            divisor = by_group.get(self.groups.of(name) or "")
-            if divisor is None:
-                found[name] = headroom * float(peaks[name].max()) / HIGH
-                continue
-            shape = (-1, *[1] * (len(self.observed.shapes[name]) - 2))
-            step = headroom * float((peaks[name] / divisor).max()) / HIGH
-            found[name] = (step * divisor).reshape(shape)
+    def _scales(self, norm: float | None) -> list[dict[str, Scale]]:
+        """Return the scales of each fold, from the samples of the others, with no headroom."""
+        found = []
+        for fold in range(FOLDS):
+            others = [i for i in range(len(self.samples)) if i % FOLDS != fold]
+            peaks = {name: p[others].amax(dim=0) for name, p in self.observed.peaks.items()}
+            by_group = {}
+            if norm is not None:
+                by_group = factors(self.network, self.observed, peaks, self.groups, norm)
+            found.append({n: self._scale(n, peaks[n], by_group) for n in self.network.tensors})
         return found
+
+    def _scale(self, name: str, peak: Tensor, by_group: Mapping[str, Tensor]) -> Scale:
+        """Return a tensor's scale, by channel: x / s in steps of Δ is x in steps of Δ · s."""
+        divisor = by_group.get(self.groups.of(name) or "")
+        if divisor is None:
+            return float(peak.max()) / HIGH
+        shape = (-1, *[1] * (len(self.observed.shapes[name]) - 2))
+        step = float((peak / divisor).max()) / HIGH
+        return (step * divisor).reshape(shape)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from exporter.contracts import Advance, Progress, silent
+from exporter.contracts import Advance, Progress, Statistics, silent
 from exporter.emulation import Step
 from exporter.quantisation.network import HIGH, Network, batches, parts
 from exporter.records import Quantised
@@ -117,11 +117,13 @@ def describe(
     weights: Mapping[str, Tensor],
     steps: Mapping[str, Tensor],
     *,
+    statistics: Statistics,
     progress: Progress = silent,
 ) -> tuple[Quantised, ...]:
     """Return what each quantised tensor and each layer's weights came to, on the samples.
 
-    ``weights`` are the dequantised ones and ``steps`` their scales, by the weights' name.
+    ``weights`` are the dequantised ones and ``steps`` their scales, by the weights' name;
+    ``statistics`` know the dead channels, from all calibration samples.
     """
     read = {name: _Seen() for name in network.tensors}
     written = {layer.writes[0]: _Seen() for layer in network.layers}
@@ -150,7 +152,7 @@ def describe(
                 largest=read[name].largest,
                 scale=network.step(name, scales[name]),
                 saturated=read[name].saturated / max(read[name].values, 1),
-                dead=int((read[name].peaks == 0).sum()),
+                dead=len(statistics[name].dead_channels),
                 sqnr_db=decibels(read[name].power, read[name].error),
                 share=read[name].cost / total,
             )
@@ -169,7 +171,6 @@ class _Seen:
     def __init__(self) -> None:
         self.largest = self.power = self.error = self.cost = 0.0
         self.saturated = self.values = 0
-        self.peaks = torch.zeros(1)
 
     def add(self, value: Tensor, read: Tensor, grad: Tensor, beyond: Tensor | None = None) -> None:
         error = read - value
@@ -177,7 +178,6 @@ class _Seen:
         self.power += float(value.double().square().sum())
         self.error += float(error.double().square().sum())
         self.cost += float((error * grad).flatten(1).sum(dim=1).double().square().sum())
-        self.peaks = torch.maximum(self.peaks, _by_channel(value).abs().amax(dim=(0, 2)))
         self.values += value.numel()
         self.saturated += 0 if beyond is None else int(beyond.sum())
 

@@ -16,7 +16,6 @@ The samples are taken in the order of their SHA-256, so that the order they come
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from exporter.quantisation.network import HIGH, UNSIGNED, Network
 from exporter.quantisation.observe import Observed, describe, measured_error, observe
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
+from exporter.samples import digests
 
 if TYPE_CHECKING:
     import onnx
@@ -141,6 +141,7 @@ def _equalised(
         return state
     detail = f"headroom {headroom:g}"
     divisors: dict[str, Tensor] = {}
+    statistics = state.statistics
     if norm is not None:
         peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
         by_group = factors(network, observed, peaks, groups, norm)
@@ -149,8 +150,6 @@ def _equalised(
         names = [layer.name for layer in network.layers]
         network = Network.of(model, network.sites, names, network.unsigned)
         detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
-    else:
-        statistics = state.statistics
     new = _State(network, statistics, divisors, {}, headroom)
     new = replace(new, scales=new.largest())
     taken = judge.takes(
@@ -244,6 +243,7 @@ def _plan(
         state.scales,
         found.constants(biases=False),
         found.scales,
+        statistics=state.statistics,
         progress=progress,
     )
     return Plan(
@@ -261,5 +261,5 @@ def _plan(
 
 def _in_order(samples: Array) -> Array:
     """Return at most 256 samples in the order of their SHA-256."""
-    digests = [hashlib.sha256(sample.tobytes()).digest() for sample in samples]
-    return samples[sorted(range(len(samples)), key=digests.__getitem__)[:_MOST]]
+    found = digests(samples)
+    return samples[sorted(range(len(samples)), key=found.__getitem__)[:_MOST]]

@@ -81,6 +81,12 @@ class Shape(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
+_profile_option = click.option(
+    "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
+)
+_input_option = click.option(
+    "--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224."
+)
 _allow_overlap = click.option(
     "--allow-overlap",
     is_flag=True,
@@ -105,9 +111,7 @@ class Percentage(click.ParamType[float]):
 @click.option(
     "-p", "--precision", multiple=True, help="Repeatable, or a,b. Default: all in the profile."
 )
-@click.option(
-    "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
-)
+@_profile_option
 @click.option(
     "-o",
     "--out",
@@ -122,7 +126,7 @@ class Percentage(click.ParamType[float]):
     type=click.Path(path_type=Path),
     help="A safetensors file in place of the built-in weights.",
 )
-@click.option("--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224.")
+@_input_option
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -263,9 +267,7 @@ def train(path: Path, model: str) -> None:
 
 @main.command()
 @click.argument("model", default="resnet18")
-@click.option(
-    "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
-)
+@_profile_option
 @click.option(
     "-o",
     "--out",
@@ -282,7 +284,7 @@ def train(path: Path, model: str) -> None:
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
 @click.option("-w", "--weights", type=click.Path(path_type=Path), help="A safetensors file.")
-@click.option("--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224.")
+@_input_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
 @click.option(
     "--validation",

@@ -10,28 +10,14 @@ import torch
 
 from exporter.precisions._qdq import FP8, INT8, e4m3_widths
 from exporter.records import Array
+from mutation.bugs.precision import requantise, weights_of
 from mutation.bugs.site import DoesNotApply, Site, bug, set_attribute
 
 FLOAT8 = ("fp8", "fp8 around fp16")
 
 
-def _weights(site: Site) -> onnx.NodeProto:
-    """Return the node that dequantises a layer's weights."""
-    return site.node("DequantizeLinear", where=lambda node: site.has(node.input[0]))
-
-
 def _rounded_otherwise(site: Site, change: Callable[[Array], Array]) -> None:
-    """Change a layer's weights in units of their scale, before they are rounded.
-
-    They are taken from the FP32 graph, so that rounding is done over.
-    """
-    node = _weights(site)
-    layer = site.readers(node.output[0])[0]
-    source = next(n for n in site.case.source.graph.node if n.name == layer.name)
-    tensors = {t.name: t for t in site.case.source.graph.initializer}
-    weights = onnx.numpy_helper.to_array(tensors[source.input[1]]).astype(np.float64)
-    scale = site.value(node.input[1]).astype(np.float64).reshape(-1, *[1] * (weights.ndim - 1))
-    site.put(node.input[0], FP8.stored(change(weights / scale)))
+    requantise(site, change, FP8.stored)
 
 
 @bug(*FLOAT8)
@@ -66,7 +52,7 @@ def float8_weights_without_subnormals(site: Site) -> None:
 @bug(*FLOAT8)
 def one_float8_off_by_one(site: Site) -> None:
     """One weight is the next number of FP8."""
-    name = _weights(site).input[0]
+    name = weights_of(site).input[0]
 
     def change(weights: Array) -> Array:
         codes = weights.view(np.uint8)

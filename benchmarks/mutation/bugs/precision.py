@@ -74,7 +74,7 @@ def _quantised_activation(site: Site) -> tuple[onnx.NodeProto, onnx.NodeProto]:
     return first, second
 
 
-def _weights(site: Site) -> onnx.NodeProto:
+def weights_of(site: Site) -> onnx.NodeProto:
     """Return the node that dequantises a layer's weights."""
     return site.node("DequantizeLinear", where=lambda node: site.has(node.input[0]))
 
@@ -127,7 +127,7 @@ def zero_point_off_by_one_on_both_sides(site: Site) -> None:
 @bug(*WEIGHTS)
 def weights_zero_point_off_by_one(site: Site) -> None:
     """One channel's weights have the zero point 1."""
-    node = _weights(site)
+    node = weights_of(site)
 
     def change(zero: Array) -> Array:
         zero[site.random.randrange(len(zero))] = 1
@@ -139,7 +139,7 @@ def weights_zero_point_off_by_one(site: Site) -> None:
 @bug(*SCALES)
 def weights_scale_off_by_one_step(site: Site) -> None:
     """One channel's scale is amax/128 where it should be amax/127."""
-    node = _weights(site)
+    node = weights_of(site)
 
     def change(scale: Array) -> Array:
         scale[site.random.randrange(len(scale))] *= 127 / 128
@@ -151,13 +151,13 @@ def weights_scale_off_by_one_step(site: Site) -> None:
 @bug(*SCALES)
 def weights_scales_for_127_and_128_steps(site: Site) -> None:
     """All of a layer's scales are amax/128 where they should be amax/127."""
-    site.edit(_weights(site).input[1], lambda scale: scale * (127 / 128))
+    site.edit(weights_of(site).input[1], lambda scale: scale * (127 / 128))
 
 
 @bug(*SCALES)
 def weights_scales_swapped(site: Site) -> None:
     """Two channels have each other's scale."""
-    name = _weights(site).input[1]
+    name = weights_of(site).input[1]
     count = len(site.value(name))
     if count < 2:
         raise DoesNotApply
@@ -184,18 +184,24 @@ def scales_along_the_wrong_axis(site: Site) -> None:
 # ── Integers ────────────────────────────────────────────────────────────────────────
 
 
-def _requantised(site: Site, change: Callable[[Array], Array]) -> None:
-    """Change a layer's weights in their steps, before they are rounded: what they were is lost.
+def requantise(
+    site: Site, change: Callable[[Array], Array], stored: Callable[[Array], Array]
+) -> None:
+    """Change a layer's weights in their steps, before they are rounded and ``stored`` again.
 
-    They are taken from the FP32 graph, so that rounding is done over.
+    They are taken from the FP32 graph, since what they were is lost.
     """
-    node = _weights(site)
+    node = weights_of(site)
     layer = site.readers(node.output[0])[0]
     source = next(n for n in site.case.source.graph.node if n.name == layer.name)
     tensors = {t.name: t for t in site.case.source.graph.initializer}
     weights = onnx.numpy_helper.to_array(tensors[source.input[1]]).astype(np.float64)
     scale = site.value(node.input[1]).astype(np.float64).reshape(-1, *[1] * (weights.ndim - 1))
-    site.put(node.input[0], np.clip(change(weights / scale), -128, 127).astype(np.int8))
+    site.put(node.input[0], stored(change(weights / scale)))
+
+
+def _requantised(site: Site, change: Callable[[Array], Array]) -> None:
+    requantise(site, change, lambda steps: np.clip(steps, -128, 127).astype(np.int8))
 
 
 @bug(*WEIGHTS)
@@ -236,7 +242,7 @@ def weights_of_4_bits(site: Site) -> None:
 @bug(*WEIGHTS)
 def one_scale_for_all_channels(site: Site) -> None:
     """A layer's weights are quantised per tensor where they should be per channel."""
-    node = _weights(site)
+    node = weights_of(site)
     scale = site.value(node.input[1])
     largest = scale.max()
 
@@ -252,7 +258,7 @@ def one_scale_for_all_channels(site: Site) -> None:
 @bug(*WEIGHTS)
 def one_integer_off_by_one(site: Site) -> None:
     """One integer weight is the next one."""
-    node = _weights(site)
+    node = weights_of(site)
 
     def change(weights: Array) -> Array:
         place = site.random.randrange(weights.size)
@@ -265,7 +271,7 @@ def one_integer_off_by_one(site: Site) -> None:
 @bug(*SCALES)
 def integers_of_two_channels_swapped(site: Site) -> None:
     """Two channels have each other's integers, and scales of their own."""
-    name = _weights(site).input[0]
+    name = weights_of(site).input[0]
     count = len(site.value(name))
     if count < 2:
         raise DoesNotApply

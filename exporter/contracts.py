@@ -55,8 +55,8 @@ class Model(Protocol):
 class TensorStatistics(Protocol):
     """What calibration saw of one tensor.
 
-    Every float tensor has ``amax``, ``minimum`` and ``maximum``. The rest raises `GraphError` for
-    one that no convolution, product, sum or average reads.
+    Every float tensor has its largest magnitudes. The rest raises `GraphError` for one that no
+    convolution, product, sum or average reads. Channels lie along axis 1.
     """
 
     @property
@@ -64,24 +64,16 @@ class TensorStatistics(Protocol):
         """Return the largest magnitude seen."""
 
     @property
-    def minimum(self) -> float:
-        """Return the smallest value seen."""
-
-    @property
-    def maximum(self) -> float:
-        """Return the largest value seen."""
-
-    @property
     def channel_amax(self) -> Array:
-        """Return the largest magnitude in each channel, (C,); channels lie along axis 1."""
+        """Return the largest magnitude in each channel, (C,)."""
+
+    @property
+    def fold_amax(self) -> Array:
+        """Return the same of each fold of the samples, (folds, C)."""
 
     @property
     def channel_power(self) -> Array:
         """Return the mean square of each channel, (C,)."""
-
-    @property
-    def channel_zeros(self) -> Array:
-        """Return the share of zeros in each channel, (C,)."""
 
     @property
     def dead_channels(self) -> tuple[int, ...]:

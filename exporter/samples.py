@@ -181,6 +181,11 @@ def digests(inputs: Array) -> list[str]:
     return [hashlib.sha256(sample.tobytes()).hexdigest() for sample in inputs]
 
 
+def folds(inputs: Array, count: int) -> list[int]:
+    """Return which of so many folds each sample belongs to, by its digest: in any order the same."""
+    return [int(digest, 16) % count for digest in digests(inputs)]
+
+
 def overlap(inputs: Array, held_out: Array) -> tuple[int, ...]:
     """Return which of the inputs are, byte for byte, among the held-out samples."""
     judged_on = set(digests(held_out))

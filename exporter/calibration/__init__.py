@@ -2,7 +2,7 @@
 
 Every sample runs alone through the FP32 graph in ONNX Runtime, so the result cannot depend on a
 batch size, and everything kept is a maximum, a count or an exact sum, so it cannot depend on the
-order either. The exception is the history of the scales, which shows how they came about.
+order either; nor can the fold whose maxima a sample counts among, which its bytes decide. The exception is the history of the scales, which shows how they came about.
 
 Every float tensor of the graph gets a `Range`, and those that convolutions, products, sums and
 averages read (`READERS`) get `Magnitudes`.
@@ -10,24 +10,31 @@ averages read (`READERS`) get `Magnitudes`.
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from exporter.calibration.convergence import convergence
-from exporter.calibration.statistics import Magnitudes, Range
-from exporter.contracts import Advance
+from exporter.calibration.statistics import FOLDS, Magnitudes, Range
+from exporter.contracts import Advance, Statistics
 from exporter.errors import GraphError, InputRefused
-from exporter.records import Feed
+from exporter.records import Array, Feed
+from exporter.samples import folds
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime as ort
 
 READERS = (  # of the tensors that are counted
     *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Concat", "LeakyRelu"),
     *("AveragePool", "GlobalAveragePool", "ReduceMean", "Sigmoid", "HardSigmoid", "HardSwish"),
 )
 
-__all__ = ["READERS", "Magnitudes", "Range", "calibrate", "convergence", "watched_tensors"]
+__all__ = [
+    *("READERS", "Magnitudes", "Range", "calibrate", "convergence", "divided", "watched_tensors"),
+]
 
 
 def watched_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -52,24 +59,26 @@ def calibrate(
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1  # samples run side by side instead
     session = ort.InferenceSession(
         _giving_all(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    given, given_back = (
+    given, told = (
         [value.name for value in values if value.type == "tensor(float)"]
         for values in (session.get_inputs(), session.get_outputs())
     )
-    written = [name for name in _written(model) if name in given_back]  # in the nodes' order
+    written = [name for name in _written(model) if name in told]  # in the nodes' order
     floats = {*given, *written}
     watched = {name: Magnitudes.empty() for name in watched_tensors(model) if name in floats}
     found: dict[str, Magnitudes | Range] = {**watched}
     found |= {name: Range() for name in (*given, *written) if name not in watched}
     count = 0
-    for count, sample in enumerate(_one_by_one(feeds), 1):
+    for count, (sample, given_back) in enumerate(_given(session, written, feeds), 1):
         values = {name: sample[name] for name in given}
-        values |= zip(written, session.run(written, dict(sample)), strict=True)
+        values |= zip(written, given_back, strict=True)
+        (fold,) = folds(sample[given[0]], FOLDS)
         for name, value in values.items():
-            found[name].add(value)
+            found[name].add(value, fold)
             if not found[name].finite:
                 raise _not_finite(model, name, count - 1)
         if count & (count - 1) == 0:
@@ -80,6 +89,20 @@ def calibrate(
     if count & (count - 1):
         _mark(watched)
     return found
+
+
+def divided(
+    whole: Statistics, counted: Mapping[str, Magnitudes | Range], divisors: Mapping[str, Array]
+) -> dict[str, Magnitudes | Range]:
+    """Return what the tensors are like that were divided channel by channel, by (C,) numbers.
+
+    Largest magnitudes and powers are those that ``whole`` knows of the undivided tensors, and the
+    counts, which cannot be had from its, are ``counted`` on some of the samples.
+    """
+    return {
+        name: seen.divided(whole[name], divisors.get(name, 1.0)) if name in whole else seen
+        for name, seen in counted.items()
+    }
 
 
 def _giving_all(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -110,6 +133,22 @@ def _one_by_one(feeds: Iterable[Feed]) -> Iterator[Feed]:
             raise InputRefused(f"the inputs of one feed have {sorted(sizes)} samples")
         for index in range(*sizes):
             yield {name: values[index : index + 1] for name, values in feed.items()}
+
+
+def _given(
+    session: ort.InferenceSession, wanted: list[str], feeds: Iterable[Feed]
+) -> Iterator[tuple[Feed, list[Array]]]:
+    """Yield each sample and what the session gives for it, while the next ones run."""
+    workers = len(os.sched_getaffinity(0))
+    running: deque[tuple[Feed, Future[list[Array]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for sample in _one_by_one(feeds):
+            running.append((sample, pool.submit(session.run, wanted, dict(sample))))
+            if len(running) > workers:
+                before, made = running.popleft()
+                yield before, made.result()
+        for before, made in running:
+            yield before, made.result()
 
 
 def _mark(watched: Mapping[str, Magnitudes]) -> None:

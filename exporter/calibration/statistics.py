@@ -12,14 +12,16 @@ their mean is rounded once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from exporter.calibration.thresholds import LINEAR_BINS, least_divergence, least_squared_error
+from exporter.contracts import TensorStatistics
 from exporter.errors import GraphError
 from exporter.records import Array, rank
 
+FOLDS = 4  # that samples are dealt into by their digests, so that one can be judged by the rest
 SHOWN = 99.999  # the percentile whose convergence is kept
 _SHIFT = 15  # of the 31 bits below the sign, 16 are left: 8 of exponent, 8 of mantissa
 _BINS = 1 << 16
@@ -30,48 +32,65 @@ _TOGETHER = 32  # samples, since one by one costs more
 _CARRY_AFTER = 1 << 20  # additions, below 2⁴² each
 
 
+def _nothing() -> Array:
+    import numpy as np
+
+    return np.zeros((FOLDS, 0), dtype=np.float32)
+
+
 @dataclass(slots=True)
 class Range:
-    """The smallest and the largest value of one tensor."""
+    """The largest magnitudes of one tensor.
 
-    minimum: float = math.inf
-    maximum: float = -math.inf
+    ``fold_amax`` (`FOLDS`, C) float32 has each channel's, fold by fold; channels lie along axis 1,
+    and a tensor of one axis is one channel.
+    """
+
+    fold_amax: Array = field(default_factory=_nothing)
     samples: int = 0
 
-    def add(self, values: Array) -> None:
-        """Look at one sample's values, float32, of any shape."""
+    def add(self, values: Array, fold: int = 0) -> None:
+        """Look at one sample's values, float32, of any shape. NaN and infinity are kept."""
+        self._add_rows(_rows(values), fold)
+
+    def _add_rows(self, rows: Array, fold: int) -> None:
         import numpy as np
 
-        if values.size:
-            self.minimum = float(np.minimum(self.minimum, values.min()))
-            self.maximum = float(np.maximum(self.maximum, values.max()))
         self.samples += 1
+        if not rows.size:
+            return
+        if not self.fold_amax.size:
+            self.fold_amax = np.zeros((FOLDS, len(rows)), dtype=np.float32)
+        largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+        np.maximum(self.fold_amax[fold], largest, out=self.fold_amax[fold])
 
     @property
     def finite(self) -> bool:
         """Return whether every value seen was; there may have been none."""
-        seen = (self.minimum, self.maximum)
-        return seen == (math.inf, -math.inf) or all(map(math.isfinite, seen))
+        return math.isfinite(self.amax)
 
     @property
     def amax(self) -> float:
         """Return the largest magnitude seen, 0 where there was no value."""
-        return max(-self.minimum, self.maximum, 0.0)
+        return abs(float(self.fold_amax.max(initial=0.0)))
 
     @property
     def channel_amax(self) -> Array:
-        self._uncounted()
-
-    @property
-    def channel_power(self) -> Array:
-        self._uncounted()
-
-    @property
-    def channel_zeros(self) -> Array:
-        self._uncounted()
+        largest: Array = self.fold_amax.max(axis=0, initial=0.0)
+        return largest
 
     @property
     def dead_channels(self) -> tuple[int, ...]:
+        import numpy as np
+
+        return tuple(np.flatnonzero(self.channel_amax == 0).tolist())
+
+    def divided(self, whole: TensorStatistics, divisor: Array | float) -> Self:
+        """Return this with the largest magnitudes of another tensor, divided by (C,) numbers."""
+        return replace(self, fold_amax=(whole.fold_amax / divisor).astype("float32"))
+
+    @property
+    def channel_power(self) -> Array:
         self._uncounted()
 
     def percentile(self, percent: float) -> float:
@@ -88,6 +107,15 @@ class Range:
             "a tensor that no convolution, product, sum or average reads has a range, and no "
             "counts of its values"
         )
+
+
+def _rows(values: Array) -> Array:
+    """Return a row per channel, float32."""
+    import numpy as np
+
+    rows = np.asarray(values, dtype=np.float32)
+    rows = rows.swapaxes(0, 1) if rows.ndim > 1 else rows.reshape(1, -1)
+    return np.ascontiguousarray(rows.reshape(len(rows), -1 if rows.size else 0))
 
 
 class Sums:
@@ -139,51 +167,19 @@ class Sums:
         return np.array([whole / (count << -_LOWEST) for whole in wholes], dtype=np.float64)
 
 
-class Channels:
-    """Each channel's largest magnitude, number of zeros, and sum of squares."""
-
-    def __init__(self, channels: int) -> None:
-        import numpy as np
-
-        self.elements = 0  # of each
-        self.amax: Array = np.zeros(channels, dtype=np.float32)
-        self._zeros: Array = np.zeros(channels, dtype=np.int64)
-        self._squares = Sums(channels)
-
-    def add(self, rows: Array, magnitudes: Array) -> float:
-        """Add one sample, a row per channel, and return its largest magnitude."""
-        import numpy as np
-
-        largest = magnitudes.max(axis=1)
-        np.maximum(self.amax, largest, out=self.amax)
-        self._zeros += (magnitudes == 0).sum(axis=1)
-        self._squares.add(np.square(rows, dtype=np.float64).sum(axis=1))
-        self.elements += rows.shape[1]
-        return float(largest.max())
-
-    @property
-    def zeros(self) -> Array:
-        shares: Array = self._zeros / self.elements
-        return shares
-
-    @property
-    def power(self) -> Array:
-        return self._squares.over(self.elements)
-
-
 @dataclass(slots=True)
 class Magnitudes(Range):
-    """How often each magnitude occurred in one tensor, and what its channels (axis 1) are like.
+    """How often each magnitude occurred in one tensor, and each channel's mean square.
 
-    ``second`` is the second-largest of the samples' largest magnitudes. ``history`` has the largest
-    magnitude and the percentile `SHOWN` at some numbers of samples, in the order that they came in.
+    ``history`` has the largest magnitude and the percentile `SHOWN` at some numbers of samples, in
+    the order that they came in.
     """
 
     counts: Array = field(kw_only=True)
-    second: float = 0.0
     history: list[tuple[int, float, float]] = field(default_factory=list)
-    _first: float = 0.0
-    _channels: Channels | None = None
+    _squares: Sums | None = None
+    _elements: int = 0  # of each channel
+    _power: Array | None = None
 
     @classmethod
     def empty(cls) -> Magnitudes:
@@ -191,50 +187,36 @@ class Magnitudes(Range):
 
         return cls(counts=np.zeros(_BINS, dtype=np.int64))
 
-    def add(self, values: Array) -> None:
-        """Count one sample's values, float32; a tensor of one axis is one channel.
-
-        Once a value was not finite, nothing more is counted.
-        """
+    def add(self, values: Array, fold: int = 0) -> None:
+        """Count one sample's values, float32; once a value was not finite, no more is counted."""
         import numpy as np
 
-        Range.add(self, values)
-        if not (values.size and self.finite):
+        rows = _rows(values)
+        self._add_rows(rows, fold)
+        if not (rows.size and self.finite):
             return
-        rows = np.asarray(values, dtype=np.float32)
-        rows = rows.swapaxes(0, 1) if rows.ndim > 1 else rows.reshape(1, -1)
-        rows = np.ascontiguousarray(rows.reshape(len(rows), -1))
-        magnitudes = np.abs(rows)
-        bins = magnitudes.ravel().view(np.uint32) >> np.uint32(_SHIFT)
+        bins = (rows.ravel().view(np.uint32) << np.uint32(1)) >> np.uint32(_SHIFT + 1)
         self.counts += np.bincount(bins, minlength=_BINS)
-        self._channels = self._channels or Channels(len(rows))
-        largest = self._channels.add(rows, magnitudes)
-        self._first, self.second, _ = sorted((self._first, self.second, largest), reverse=True)
+        self._squares = self._squares or Sums(len(rows))
+        self._squares.add(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+        self._elements += rows.shape[1]
+
+    def divided(self, whole: TensorStatistics, divisor: Array | float) -> Self:
+        """Return these counts with the ranges and powers of another tensor, divided likewise."""
+        power: Array = whole.channel_power / divisor**2
+        return replace(Range.divided(self, whole, divisor), _power=power)
 
     def mark(self) -> None:
         """Add to the history where the scales are now."""
         self.history.append((self.samples, self.amax, self.percentile(SHOWN)))
 
     @property
-    def channel_amax(self) -> Array:
-        return self._of_channels().amax
-
-    @property
     def channel_power(self) -> Array:
-        return self._of_channels().power
-
-    @property
-    def channel_zeros(self) -> Array:
-        return self._of_channels().zeros
-
-    @property
-    def dead_channels(self) -> tuple[int, ...]:
         import numpy as np
 
-        return tuple(np.flatnonzero(self.channel_amax == 0).tolist())
-
-    def _of_channels(self) -> Channels:
-        return self._channels or Channels(0)
+        if self._power is not None:
+            return self._power
+        return np.zeros(0) if self._squares is None else self._squares.over(self._elements)
 
     def percentile(self, percent: float) -> float:
         """Return a magnitude that at least ``percent`` % of the values do not exceed.

@@ -16,6 +16,7 @@ form that it runs in integers throughout (`_integers`), which TensorRT does not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.calibrators import check_percentile, threshold
@@ -157,7 +158,7 @@ class Int8(Plugin, frozen=True):
         progress: Progress,
     ) -> Plan | None:
         """Return how to quantise with repairs, or None where nothing is to be chosen."""
-        from exporter.calibration import calibrate
+        from exporter.calibration import calibrate, divided
         from exporter.quantisation.network import Network
         from exporter.quantisation.plan import ENOUGH, Switches, make_plan
         from exporter.samples import feeds
@@ -172,10 +173,12 @@ class Int8(Plugin, frozen=True):
                 "bias_correction to false",
             )
 
-        def recalibrate(equalised: onnx.ModelProto) -> Statistics:
-            name = equalised.graph.input[0].name
-            with progress("int8: calibrate the equalised network", len(samples)) as advance:
-                return calibrate(equalised, feeds(samples, name, size=1), advance=advance)
+        def recalibrate(
+            counted: Array, equalised: onnx.ModelProto, divisors: Mapping[str, Array]
+        ) -> Statistics:
+            given = feeds(counted, equalised.graph.input[0].name, size=1)
+            with progress("int8: calibrate the equalised network", len(counted)) as advance:
+                return divided(statistics, calibrate(equalised, given, advance=advance), divisors)
 
         return make_plan(
             Network.of(model, places.sites(), list(places.layers), places.unsigned),

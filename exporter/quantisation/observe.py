@@ -1,4 +1,4 @@
-"""What the network does with its tensors: ranges, powers, and what an error in each would cost.
+"""What an error in each of the network's tensors would cost at its outputs.
 
 Sensitivity: an error e in a tensor moves the outputs by J·e to first order, and for signs r drawn
 at random E[(rᵀJe)²] = ‖Je‖². So with g = Jᵀr, one backward pass,
@@ -35,15 +35,13 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """``outputs`` are the float network's, (samples, outputs) float64.
+    """What is known of each tensor that is read quantised, by its name.
 
-    ``peaks`` (samples, C) largest magnitude of each channel, ``power`` (C,) its mean square.
-
-    ``gain`` (C,) is Σ g² of each tensor that is read quantised, ``gain_behind`` that of what each
-    weighted layer writes; both the mean over samples.
+    ``peaks`` (folds, C) are the largest magnitudes of each channel, ``power`` (C,) its mean square,
+    and ``gain`` (C,) is Σ g², the mean over samples; ``gain_behind`` (O,) is that of what each
+    weighted layer writes. ``shapes`` are every tensor's.
     """
 
-    outputs: Tensor
     peaks: Mapping[str, Tensor]
     power: Mapping[str, Tensor]
     gain: Mapping[str, Tensor]
@@ -52,30 +50,15 @@ class Observed:
 
 
 def observe(
-    network: Network, samples: Array, *, probed: int, progress: Progress = silent
+    network: Network, statistics: Statistics, samples: Array, *, progress: Progress = silent
 ) -> Observed:
-    """Run the network in float on every sample, and backwards from the first ``probed``."""
-    peaks: dict[str, list[Tensor]] = {name: [] for name in network.tensors}
-    power: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
-    count = parts(len(samples))
-    with progress("int8: observe the network", count) as advance, torch.inference_mode():
-        for x in batches(samples):
-            found = network.run(x, watch=network.tensors)
-            outputs.append(found[network.output].flatten(1).double())
-            for name in network.tensors:
-                each = _by_channel(found[name])
-                peaks[name].append(each.abs().amax(dim=2))
-                square = each.square().mean(dim=2).sum(dim=0).double() / len(samples)
-                power[name] = power[name] + square if name in power else square
-            advance()
-    probed = min(probed, len(samples))
-    with progress("int8: observe what an error costs", _PROBES * parts(probed)) as advance:
-        gain, behind = _gains(network, samples[:probed], advance)
+    """Run the network backwards from each sample; the ranges are those of ``statistics``."""
+    with progress("int8: observe what an error costs", _PROBES * parts(len(samples))) as advance:
+        gain, behind = _gains(network, samples, advance)
+    seen = {name: statistics[name] for name in network.tensors}
     return Observed(
-        outputs=torch.cat(outputs),
-        peaks={name: torch.cat(found) for name, found in peaks.items()},
-        power=power,
+        peaks={name: torch.from_numpy(tensor.fold_amax) for name, tensor in seen.items()},
+        power={name: torch.from_numpy(tensor.channel_power) for name, tensor in seen.items()},
         gain=gain,
         gain_behind=behind,
         shapes=_shapes(network, samples[:1]),
@@ -261,10 +244,12 @@ def _probe(network: Network, samples: Array) -> Iterator[_Probe]:
     outputs = [layer.writes[0] for layer in network.layers]
     inputs = [layer.reads[0] for layer in network.layers]
     watch = list(dict.fromkeys([*network.tensors, *outputs, *inputs]))
+    shapes = _shapes(network, samples[:1])
     for x in batches(samples):
-        with torch.inference_mode():
-            shapes = {n: v.shape for n, v in network.run(x, watch=network.tensors).items()}
-        leaves = {n: torch.zeros(shapes[n], requires_grad=True) for n in network.tensors}
+        leaves = {
+            name: torch.zeros(len(x), *shapes[name][1:], requires_grad=True)
+            for name in network.tensors
+        }
         with torch.enable_grad():
             found = network.run(x, offsets=leaves, watch=watch)
             y = found[network.output].flatten(1)

@@ -7,7 +7,7 @@
 
 1 is chosen by cross-validation: the samples are dealt into four folds, and each fold's outputs are
 compared with the float network's under the ranges of the three others, so that what unseen inputs
-do is in the choice. 2 to 4 are judged on a quarter of the samples that 3 and 4 do not see. Nothing
+do is in the choice. 2 to 4 are judged on samples that 3 and 4 do not see. Nothing
 replaces the plainer form unless it is better by 0.1 dB, and below 32 samples by more than chance
 explains (one standard error of the paired differences).
 
@@ -18,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
 from exporter.calibrators import CALIBRATORS, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.quantisation.equalisation import equalise, factors
-from exporter.quantisation.folds import FOLDS, Folds
+from exporter.quantisation.folds import Folds
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import Judge, costs_less, nearest_weights
 from exporter.quantisation.network import HIGH, UNSIGNED, Network
@@ -39,10 +40,15 @@ if TYPE_CHECKING:
 
     from exporter.records import Array
 
+Recalibrate: TypeAlias = Callable[["Array", "onnx.ModelProto", Mapping[str, "Array"]], Statistics]
+
 ENOUGH = 8  # samples below which nothing can be chosen by measurement
-_MOST = 256  # samples looked at: beyond, the choice does not change, and time grows
-_PROBED = 32  # samples that are run backwards
-_JUDGED = 64  # samples that every choice but the first is judged on
+_MOST = 256  # samples looked at, beside what calibration saw of all
+_JUDGED = 32  # samples that every choice but the first is judged on; a quarter, if those are fewer
+_PROBED = 16  # samples that are run backwards
+_DESCRIBED = 8  # samples that the result is described on
+_FITTED = 32  # samples that weights and biases are fitted to
+_COUNTED = 32  # samples whose magnitudes are counted anew where channels were divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +93,21 @@ def make_plan(
     samples: Array,
     switches: Switches,
     *,
-    recalibrate: Callable[[onnx.ModelProto], Statistics],
+    recalibrate: Recalibrate,
     progress: Progress,
 ) -> Plan:
     """Return the plan that is closest to the float network on samples it was not made from."""
     chosen = _in_order(samples)
-    held, fit = chosen[::FOLDS], chosen[[i for i in range(len(chosen)) if i % FOLDS]]
-    judge = Judge(held[:_JUDGED])
-    observed = observe(network, chosen, probed=_PROBED, progress=progress)
+    judged = min(_JUDGED, len(chosen) // 4)
+    held, fit = chosen[:judged], chosen[judged:]
+    judge = Judge(held)
+    observed = observe(network, statistics, chosen[:_PROBED], progress=progress)
     state = _State(network, statistics, {}, {}, 1.0)
     state = replace(state, scales=state.largest())
     judge.first(network, state.scales)
     if switches.equalise:
-        state = _equalised(state, observed, chosen, judge, recalibrate, progress)
+        counted = chosen[:_COUNTED] if switches.calibrator in ("auto", "max") else samples
+        state = _equalised(state, observed, chosen, judge, partial(recalibrate, counted), progress)
     state = _thresholds(state, switches, held[:_PROBED], judge, progress)
     return _repaired(state, observed, fit, switches, judge, progress)
 
@@ -126,7 +134,7 @@ def _equalised(
     observed: Observed,
     samples: Array,
     judge: Judge,
-    recalibrate: Callable[[onnx.ModelProto], Statistics],
+    recalibrate: Callable[[onnx.ModelProto, Mapping[str, Array]], Statistics],
     progress: Progress,
 ) -> _State:
     network = state.network
@@ -146,7 +154,7 @@ def _equalised(
         peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
         by_group = factors(network, observed, peaks, groups, norm)
         model, divisors = equalise(network, groups, by_group, observed.shapes)
-        statistics = recalibrate(model)
+        statistics = recalibrate(model, {n: s.numpy() for n, s in divisors.items()})
         names = [layer.name for layer in network.layers]
         network = Network.of(model, network.sites, names, network.unsigned)
         detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
@@ -208,7 +216,7 @@ def _repaired(
     progress: Progress,
 ) -> Plan:
     network = state.network
-    samples = samples[: affordable(observed.shapes)]
+    samples = samples[: min(_FITTED, affordable(observed.shapes))]
     found = rounded(network)
 
     def attempt(what: str, *, rounding: bool) -> Repaired:
@@ -239,7 +247,7 @@ def _plan(
 
     tensors = describe(
         state.network,
-        judge.samples[: _PROBED // 2],
+        judge.samples[:_DESCRIBED],
         state.scales,
         found.constants(biases=False),
         found.scales,

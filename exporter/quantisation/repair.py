@@ -135,7 +135,14 @@ class _Pair:
         assert inputs[0] is not None
         if name not in self.found.whole:
             self.found.whole[name] = (
-                second_order(step, weights, scales, inputs[0], seed=len(self.found.whole))
+                second_order(
+                    step,
+                    weights,
+                    scales,
+                    inputs[0],
+                    width=self._width(step),
+                    seed=len(self.found.whole),
+                )
                 if self.rounding and not step.attributes.get("auto_pad", b"").startswith(b"SAME")
                 else nearest(weights, scales)
             )
@@ -148,6 +155,13 @@ class _Pair:
         bias = self.network.emulator.constants[step.reads[2]]
         self.found.biases[step.reads[2]] = bias + shift
         return output + shift.reshape(-1, *[1] * (output.ndim - 2))
+
+    def _width(self, step: Step) -> float | None:
+        """Return how wide the steps of a layer's input are, if it is read as INT8."""
+        name = step.reads[0]
+        if (step.name, 0) not in self.network.sites or name in self.network.unsigned:
+            return None
+        return self.scales[name]
 
     def _target(self, step: Step) -> Tensor:
         """Return what the layer should give: the float output, less an error it can make up for."""

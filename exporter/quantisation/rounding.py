@@ -28,7 +28,9 @@ from exporter.emulation import Step
 LIMIT = 127
 _COLUMNS = 6144
 _DAMPING = 0.01
+_TOGETHER = 1152  # weights of a row that make up for one another: 128 channels of 3×3
 _BLOCK = 128
+_PART = 16
 
 
 def weight_scales(weights: Tensor) -> Tensor:
@@ -42,42 +44,89 @@ def nearest(weights: Tensor, scales: Tensor) -> Tensor:
     return (weights.flatten(1) / scales).round().clamp(-LIMIT, LIMIT).reshape(weights.shape)
 
 
-def second_order(step: Step, weights: Tensor, scales: Tensor, inputs: Tensor, seed: int) -> Tensor:
+def second_order(
+    step: Step,
+    weights: Tensor,
+    scales: Tensor,
+    inputs: Tensor,
+    *,
+    width: float | None = None,
+    seed: int = 0,
+) -> Tensor:
     """Return the weights as whole numbers of their channel's scale, rounded for these inputs.
 
-    ``inputs`` are what the layer reads, (samples, C, …); columns are drawn evenly from them.
+    ``inputs`` are what the layer reads, (samples, C, …); columns are drawn evenly from them. If
+    they are INT8 times a ``width``, their second moments are sums of whole numbers, the same on
+    every machine.
     """
     count = step.attributes.get("group", 1)
     flat = weights.flatten(1)
     each = len(flat) // count
     rows = flat.reshape(count, each, -1)
     steps = scales.reshape(count, each, 1)
+    if width is not None:
+        inputs = (inputs / width).round_().to(torch.int8)
     parts = [
-        _round(rows[group], columns @ columns.T / columns.shape[1], steps[group])
+        torch.cat(
+            [
+                _round(part, _second_moment(read), steps[group])
+                for part, read in zip(
+                    rows[group].split(_TOGETHER, dim=1), columns.split(_TOGETHER), strict=True
+                )
+            ],
+            dim=1,
+        )
         for group, columns in enumerate(_columns(step, weights, inputs, count, seed))
     ]
     return torch.cat(parts).reshape(weights.shape)
 
 
+def _second_moment(columns: Tensor) -> Tensor:
+    """Return the sum of x·xᵀ, whose scale does not matter, float32."""
+    if columns.dtype == torch.int8:
+        return torch._int_mm(columns, columns.T).float()  # type: ignore[no-untyped-call]
+    return columns @ columns.T
+
+
 def _round(weights: Tensor, second_moment: Tensor, scales: Tensor) -> Tensor:
+    """Return whole numbers, (O, K), of the scales (O, 1)."""
+    import numpy as np
+
     order = torch.argsort(second_moment.diagonal(), stable=True)
     root = _root(second_moment[order][:, order])
     if root is None:
         return nearest(weights, scales)
-    exact = weights[:, order]
-    rounded, errors = torch.empty_like(exact), torch.zeros_like(exact)
-    for stop in range(exact.shape[1], 0, -_BLOCK):
-        start = max(stop - _BLOCK, 0)
-        behind = errors[:, stop:] @ root[stop:, start:stop]
-        inner = root[start:stop, start:stop]
-        block = errors[:, start:stop]
-        for i in reversed(range(stop - start)):
-            w = exact[:, start + i : start + i + 1]
-            owed = behind[:, i : i + 1] + block[:, i + 1 :] @ inner[i + 1 :, i : i + 1]
-            q = ((w + owed / inner[i, i]) / scales).round().clamp(-LIMIT, LIMIT)
-            rounded[:, start + i : start + i + 1] = q
-            block[:, i : i + 1] = w - q * scales
-    return rounded[:, torch.argsort(order)]
+    factor = root.numpy()
+    exact = np.ascontiguousarray(weights[:, order].numpy().T)
+    step = scales[:, 0].numpy()
+    rounded, errors, owed = (np.zeros_like(exact) for _ in range(3))
+    for start, stop, inner in _blocks(len(exact)):
+        behind = slice(stop, None if inner is None else inner)
+        if len(errors[behind]):
+            owed[start:stop] += factor[behind, start:stop].T @ errors[behind]
+        if inner is None:
+            continue
+        for i in range(stop - 1, start - 1, -1):
+            w = exact[i]
+            q = np.rint((w + owed[i] / factor[i, i]) / step).clip(-LIMIT, LIMIT)
+            rounded[i] = q
+            errors[i] = w - q * step
+            owed[start:i] += factor[i, start:i, None] * errors[i]
+    back = torch.argsort(order)
+    return torch.from_numpy(rounded)[back].T.contiguous()
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int, int | None]]:
+    """Yield what to do, from the last weight to the first, as (start, stop, inner).
+
+    A block takes what it is owed by all that are behind it (inner is None), then each part of it
+    what it is owed by the parts behind it, up to ``inner``, where the block ends.
+    """
+    for end in range(count, 0, -_BLOCK):
+        first = max(end - _BLOCK, 0)
+        yield first, end, None
+        for stop in range(end, first, -_PART):
+            yield max(stop - _PART, first), stop, end
 
 
 def _root(matrix: Tensor) -> Tensor | None:
@@ -109,7 +158,11 @@ def _columns(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(positions, generator=generator)[:each] for _ in inputs])
     sample = torch.arange(len(inputs))[:, None]
-    where: tuple[Any, ...] = (sample, slice(None), *torch.unravel_index(chosen, sizes))
+    places = []
+    for size in reversed(sizes):
+        places.append(chosen % size)
+        chosen = chosen // size
+    where: tuple[Any, ...] = (sample, slice(None), *reversed(places))
     picked = windows[where]  # (samples, each, C, k, …)
     picked = picked.reshape(len(inputs) * each, count, -1)
     for group in range(count):

@@ -97,7 +97,8 @@ class Converted(NamedTuple):
 
     ``repairs`` are the steps that were to make it better, and what each brought; ``tensors`` what
     each quantised tensor came to; ``divisors`` what the channels of a tensor of the FP32 graph were
-    divided by, (C,), by the tensor's name.
+    divided by, (C,), by the tensor's name; ``offsets`` which tensors of this graph are one of the
+    FP32 graph's less a constant: its name, and the constant, by their own.
     """
 
     model: onnx.ModelProto
@@ -105,6 +106,7 @@ class Converted(NamedTuple):
     repairs: tuple[Repair, ...] = ()
     tensors: tuple[Quantised, ...] = ()
     divisors: Mapping[str, Array] = MappingProxyType({})
+    offsets: Mapping[str, tuple[str, float]] = MappingProxyType({})
 
 
 class Precision(Protocol):

@@ -10,7 +10,6 @@ asked for (`exporter.fidelity`), end to end and layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from exporter.contracts import Advance, Runtime, Session
+from exporter.contracts import Advance, Converted, Runtime, Session
 from exporter.difference import describe_difference
 from exporter.emulation import Arithmetic, Emulator, emulate
 from exporter.emulation.rounding import LAYERS
@@ -146,12 +145,10 @@ class Ladder:
         """Return the graph asked for in a precision, emulated unless it is the source itself."""
         return self.source if model is self.source.model else Asked.of(self.job, model, precision)
 
-    def losses(
-        self, asked: Asked, divisors: Mapping[str, Array] | None = None
-    ) -> tuple[LayerError, ...]:
+    def losses(self, asked: Asked, made: Converted) -> tuple[LayerError, ...]:
         """Return what each weighted layer loses by itself in the graph asked for, beside FP32.
 
-        ``divisors`` are what the channels of the FP32 graph's tensors are divided by in it.
+        ``made`` is that graph, and knows which tensors it computes divided, or less a constant.
         """
         if asked is self.source or asked.emulator is None or self.source.emulator is None:
             return ()
@@ -161,8 +158,9 @@ class Ladder:
         with torch.inference_mode():
             values = self.source.emulator.run(inputs, watch=every)
         found = {**feed, **{name: value.numpy() for name, value in values.items()}}
-        for name, divisor in (divisors or {}).items():
+        for name, divisor in made.divisors.items():
             found[name] = found[name] / divisor.reshape(-1, *[1] * (found[name].ndim - 2))
+        found |= {name: found[old] - constant for name, (old, constant) in made.offsets.items()}
         for step in asked.emulator.steps:  # what a cast at the edge reads has a name of its own
             if step.op == "Cast" and step.writes[0] in found:
                 found.setdefault(step.reads[0], found[step.writes[0]])

@@ -177,7 +177,7 @@ def _variants(
                 cost=count_flops(made.model),
                 notes=made.notes,
                 artefacts=artefacts,
-                losses=bench.ladder.losses(asked, made.divisors),
+                losses=bench.ladder.losses(asked, made),
                 repairs=made.repairs,
                 tensors=made.tensors,
             )

@@ -170,7 +170,7 @@ def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -
     return msgspec.structs.replace(
         variant,
         artefacts=artefacts,
-        losses=bundle.ladder.losses(asked, made.divisors),
+        losses=bundle.ladder.losses(asked, made),
         repairs=made.repairs,
         tensors=made.tensors,
         notes=made.notes,

@@ -182,7 +182,7 @@ def digests(inputs: Array) -> list[str]:
 
 
 def folds(inputs: Array, count: int) -> list[int]:
-    """Return which of so many folds each sample belongs to, by its digest: in any order the same."""
+    """Return which of so many folds each sample is in, by its digest: in any order the same."""
     return [int(digest, 16) % count for digest in digests(inputs)]
 
 

@@ -2,7 +2,8 @@
 
 Every sample runs alone through the FP32 graph in ONNX Runtime, so the result cannot depend on a
 batch size, and everything kept is a maximum, a count or an exact sum, so it cannot depend on the
-order either; nor can the fold whose maxima a sample counts among, which its bytes decide. The exception is the history of the scales, which shows how they came about.
+order either; nor can the fold whose maxima a sample counts among, which its bytes decide. The
+exception is the history of the scales, which shows how they came about.
 
 Every float tensor of the graph gets a `Range`, and those that convolutions, products, sums and
 averages read (`READERS`) get `Magnitudes`.
@@ -33,7 +34,13 @@ READERS = (  # of the tensors that are counted
 )
 
 __all__ = [
-    *("READERS", "Magnitudes", "Range", "calibrate", "convergence", "divided", "watched_tensors"),
+    "READERS",
+    "Magnitudes",
+    "Range",
+    "calibrate",
+    "convergence",
+    "divided",
+    "watched_tensors",
 ]
 
 

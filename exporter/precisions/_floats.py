@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.errors import GraphError
+from exporter.precisions._signs import never_negative
 from exporter.records import Array
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ _WITHIN = MEANS | {
     "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where",
     "QuantizeLinear",
 }  # fmt: skip
-_MIXED = frozenset({"Clip", "Concat", "Mean", "Min", "Pad", "Where"})  # of several tensors
 _UP_TO_1 = frozenset({"HardSigmoid", "Sigmoid", "Softmax", "Tanh"})
-_POSITIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus"})
 
 
 class Half(NamedTuple):
@@ -99,7 +98,7 @@ class Floats:
             shapes={v.name: tuple(_shape(v)) for v in values},
             constants=constants,
             ranges=dict(_ranges(model.graph, types, constants, statistics)),
-            positive=frozenset(_never_negative(model.graph)),
+            positive=never_negative(model.graph, constants),
         )
         found.check_finite()
         return found
@@ -180,13 +179,3 @@ def _follows(
     floats = [name for name in read if types.get(name) == 1 and np.size(constants.get(name, 0))]
     known = [found[name] for name in floats if name in found]
     return max(known) if known and len(known) == len(floats) else None
-
-
-def _never_negative(graph: onnx.GraphProto) -> Iterator[str]:
-    found: set[str] = set()
-    for node in graph.node:
-        same = node.op_type in _WITHIN - _MIXED
-        passed = same and node.input[0] in found
-        if node.op_type in _POSITIVE or passed:
-            found.update(node.output)
-    yield from found

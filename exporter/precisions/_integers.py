@@ -22,29 +22,28 @@ from typing import TYPE_CHECKING
 from exporter.precisions._qdq import (
     CONVOLUTIONS,
     INT8,
+    UINT8,
     Pairs,
-    Storage,
     activation_scale,
     check_sums,
     quantise,
+)
+from exporter.precisions._signs import (
+    AVERAGES,
+    SHAPES,
+    bound,
+    cuts_below_zero,
+    never_negative,
 )
 from exporter.records import Array
 
 if TYPE_CHECKING:
     import onnx
 
-UINT8 = Storage("UINT8", 2, 255.0)  # onnx.TensorProto.UINT8
 ZERO = 128  # what stands for 0 where a tensor may be negative
 
-_AVERAGES = ("AveragePool", "GlobalAveragePool")
 _JOINING = ("Add", "Mul", "Concat", "LeakyRelu")
-_SHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
-_MOVES = ("MaxPool", *_SHAPES)
-_POSITIVE = ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Abs", "Exp", "Sqrt")
-_KEEPING = (  # they make no negative number where they read none
-    *(*_AVERAGES, *_JOINING, *_MOVES, "Min", "Max", "Dropout", "Slice", "Split"),
-    *("ReduceMean", "ReduceSum", "ReduceMax", "GlobalMaxPool"),
-)
+_MOVES = ("MaxPool", *SHAPES)
 
 
 class Integers(Pairs):
@@ -70,12 +69,12 @@ class Integers(Pairs):
         for node in graph.node:
             for index, name in enumerate(node.input):
                 self._readers.setdefault(name, []).append((node, index))
-        self._signs: dict[str, bool] = {}
+        self._positive = never_negative(graph, self._constants)
         self.layers = {name: node for name, node in layers.items() if self._can(node)}
         self._operators: list[onnx.NodeProto] = []
         tensors = self._find()
         self._reads = {name: self._readers.get(name, []) for name in tensors}
-        self.unsigned = frozenset(name for name in tensors if self._is_unsigned(name))
+        self.unsigned = frozenset(name for name in tensors if name in self._positive)
 
     def sites(self) -> dict[tuple[str, int], str]:
         """Return the tensor that is read quantised at each (node, input index).
@@ -160,7 +159,7 @@ class Integers(Pairs):
         behind = self._behind(node.output[0])
         if behind in self._outputs or not self._is_known(behind):
             return False
-        if node.op_type in _AVERAGES:  # of no account, unless integers go on behind it
+        if node.op_type in AVERAGES:  # of no account, unless integers go on behind it
             return self._feeds_layers(behind)
         alone = len(takes) == len(node.input)  # a product's constant would lose too much
         return node.op_type == "Add" or (node.op_type in _JOINING and alone)
@@ -171,27 +170,22 @@ class Integers(Pairs):
     def _behind(self, name: str) -> str:
         """Return what a ReLU makes of a tensor where it alone reads it, or else the tensor."""
         readers = self._readers.get(name, [])
-        if name in self._outputs or len(readers) != 1 or not self._is_relu(readers[0][0]):
+        if (
+            name in self._outputs
+            or len(readers) != 1
+            or not cuts_below_zero(readers[0][0], self._constants)
+        ):
             return name
         return str(readers[0][0].output[0])
-
-    def _is_relu(self, node: onnx.NodeProto) -> bool:
-        """Return whether a node cuts off what is below 0, and perhaps what is above a constant."""
-        return node.op_type == "Relu" or (node.op_type == "Clip" and self._bound(node, 1) == 0)
-
-    def _bound(self, node: onnx.NodeProto, index: int) -> float | None:
-        """Return a constant that a Clip or Min has, the largest of several."""
-        value = self._constants.get(node.input[index]) if index < len(node.input) else None
-        return None if value is None else float(value.max())
 
     def _ceiling(self, name: str) -> float | None:
         """Return what a tensor cannot exceed, or what of it matters: a Clip's or a Min's bound."""
         node = self._producer.get(name)
-        if node is not None and node.op_type == "Clip" and self._is_relu(node):
-            return self._bound(node, 2)
+        if node is not None and node.op_type == "Clip" and cuts_below_zero(node, self._constants):
+            return bound(node, 2, self._constants)
         readers = self._readers.get(name, [])
         if readers and all(reader.op_type == "Min" for reader, _ in readers):
-            bounds = [self._bound(reader, 1 - index) for reader, index in readers]
+            bounds = [bound(reader, 1 - index, self._constants) for reader, index in readers]
             return None if None in bounds else max(b for b in bounds if b is not None)
         return None
 
@@ -204,7 +198,7 @@ class Integers(Pairs):
 
     def _feeds_layers(self, name: str) -> bool:
         """Return whether a layer that is quantised reads a tensor, or what is made of it."""
-        passing = (*_MOVES, *_JOINING, *_AVERAGES, "Relu", "Clip")
+        passing = (*_MOVES, *_JOINING, *AVERAGES, "Relu", "Clip")
         return any(
             reader.name in self.layers
             or (reader.op_type in passing and self._feeds_layers(reader.output[0]))
@@ -213,25 +207,6 @@ class Integers(Pairs):
 
     def _is_moved(self, node: onnx.NodeProto) -> bool:
         return node.op_type in _MOVES and node.output[0] in self._reads
-
-    def _is_unsigned(self, name: str) -> bool:
-        if name not in self._signs:
-            self._signs[name] = self._find_sign(name)
-        return self._signs[name]
-
-    def _find_sign(self, name: str) -> bool:
-        if name in self._constants:
-            return bool((self._constants[name] >= 0).all())
-        node = self._producer.get(name)
-        if node is None:
-            return False
-        if node.op_type in _POSITIVE or (node.op_type == "Clip" and self._is_relu(node)):
-            return True
-        reads = [n for n in node.input if n and not self._is_index(n)]
-        return node.op_type in _KEEPING and all(map(self._is_unsigned, reads))
-
-    def _is_index(self, name: str) -> bool:
-        return name in self._constants and self._constants[name].dtype.kind in "iu"
 
     # ── How ─────────────────────────────────────────────────────────────────────────
 
@@ -293,7 +268,7 @@ class Integers(Pairs):
         if any(node.output[0] == f"{name}_dq" for node in self._weight_pairs):
             return f"{name}_dq"
         value = self._constants[name].astype(np.float64)
-        unsigned = self._is_unsigned(name)
+        unsigned = name in self._positive
         amax = float(np.abs(value).max()) or 1.0
         scale = np.array(activation_scale(name, amax, UINT8 if unsigned else INT8), np.float32)
         zero = np.array(0 if unsigned else ZERO, np.uint8)

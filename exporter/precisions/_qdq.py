@@ -49,6 +49,7 @@ class Storage(NamedTuple):
 
 
 INT8 = Storage("INT8", 3, 127.0)  # onnx.TensorProto.INT8
+UINT8 = Storage("UINT8", 2, 255.0)  # onnx.TensorProto.UINT8
 FP8 = Storage("FP8", 17, 448.0)  # onnx.TensorProto.FLOAT8E4M3FN
 
 
@@ -66,7 +67,7 @@ def e4m3_widths(steps: Array) -> Array:
 class Pairs:
     """A graph and the Q/DQ pairs that go into it.
 
-    ``unsigned`` are the tensors that are stored without a sign.
+    ``unsigned`` are the tensors that all steps are above 0 of.
     """
 
     unsigned: frozenset[str] = frozenset()
@@ -166,13 +167,20 @@ class Pairs:
         """Put the pairs into the graph, each right behind what it reads."""
         nodes = list(self._weight_pairs)
         for value in self.graph.input:
-            nodes += self._pairs.get(value.name, [])
+            nodes += self._placed_behind(value.name)
         for node in self.graph.node:
-            nodes.append(node)
-            for name in node.output:
-                nodes += self._pairs.get(name, [])
+            nodes += self._with_pairs(node)
         replace_nodes(self.graph, nodes)
         del self.graph.value_info[:]
+
+    def _with_pairs(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        yield node
+        for name in node.output:
+            yield from self._placed_behind(name)
+
+    def _placed_behind(self, name: str) -> Iterator[onnx.NodeProto]:
+        for node in self._pairs.get(name, []):
+            yield from self._with_pairs(node)
 
 
 def _reads(

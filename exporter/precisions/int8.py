@@ -20,13 +20,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter.calibrators import check_percentile, threshold
-from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
+from exporter.contracts import (
+    Converted,
+    Plugin,
+    Progress,
+    Statistics,
+    TensorStatistics,
+    silent,
+)
 from exporter.errors import GraphError
 from exporter.onnx_edits import replace_constants
 from exporter.precisions._half import check_half_io, in_halves
 from exporter.precisions._integers import Integers
+from exporter.precisions._offset import Offsets
 from exporter.precisions._qdq import (
     INT8,
+    UINT8,
     Pairs,
     activation_scale,
     check_sums,
@@ -70,6 +79,7 @@ class Int8(Plugin, frozen=True):
     around: Literal["fp32", "fp16"] = "fp32"
     linear: bool = False
     residual: bool = True
+    offset: Literal["none", "free", "padded"] = "padded"
     keep: tuple[str, ...] = ()
     half_io: bool = False
 
@@ -108,12 +118,16 @@ class Int8(Plugin, frozen=True):
         notes: tuple[str, ...] = (coverage(model.graph, writer.layers, INT8.name, self.around),)
         if self.form == "onnxruntime":
             notes += (NO_VNNI,)
-        more = () if plan is None else (plan.repairs, plan.tensors, plan.divisors)
+        offsets = writer.computed if isinstance(writer, Offsets) else {}
+        made = Converted(quantised, notes, offsets=offsets)
+        if plan is not None:
+            made = made._replace(repairs=plan.repairs, tensors=plan.tensors, divisors=plan.divisors)
+        known = statistics if plan is None else plan.statistics
         return in_halves(
-            Converted(quantised, notes, *more),
+            made,
             self.around,
             half_io=self.half_io,
-            statistics=statistics if plan is None else plan.statistics,
+            statistics={**known, **_less_offsets(known, offsets)},
             samples=samples,
         )
 
@@ -122,16 +136,21 @@ class Int8(Plugin, frozen=True):
         from exporter.calibration import watched_tensors
 
         if self.form == "tensorrt":
-            return Pairs(model.graph, layers, INT8, residual=self.residual)
+            if self.offset == "none":
+                return Pairs(model.graph, layers, INT8, residual=self.residual)
+            pad = self.offset == "padded"
+            return Offsets(model.graph, layers, residual=self.residual, pad=pad)
         return Integers(model.graph, layers, watched_tensors(model))
 
     def _quantise(self, writer: Pairs, plan: Plan | None, statistics: Statistics) -> None:
         for name in writer.activations():
+            storage = UINT8 if name in writer.unsigned else INT8
             if plan is not None:
                 amax = plan.scales[name] * 127
             else:
-                amax = threshold(self.calibrator, statistics[name], self.percentile)
-            writer.quantise_activation(name, activation_scale(name, amax, INT8))
+                seen, levels = statistics[name], round(storage.largest)
+                amax = threshold(self.calibrator, seen, self.percentile, levels=levels)
+            writer.quantise_activation(name, activation_scale(name, amax, storage))
         for layer, whole in writer.quantise_weights(None if plan is None else plan.stored).items():
             check_sums(layer, whole, 128)
         if plan is not None:
@@ -194,6 +213,21 @@ class Int8(Plugin, frozen=True):
             recalibrate=recalibrate,
             progress=progress,
         )
+
+
+def _less_offsets(
+    statistics: Statistics, offsets: Mapping[str, tuple[str, float]]
+) -> dict[str, TensorStatistics]:
+    """Return how far tensors reach at most that are another less a constant."""
+    import numpy as np
+
+    from exporter.calibration import Range
+
+    return {
+        name: Range(np.array([[statistics[old].amax + abs(constant)]], dtype=np.float32))
+        for name, (old, constant) in offsets.items()
+        if old in statistics
+    }
 
 
 PLUGIN = Int8

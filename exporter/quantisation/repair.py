@@ -157,11 +157,11 @@ class _Pair:
         return output + shift.reshape(-1, *[1] * (output.ndim - 2))
 
     def _width(self, step: Step) -> float | None:
-        """Return how wide the steps of a layer's input are, if it is read as INT8."""
+        """Return how wide the steps of a layer's input are, if it is read quantised."""
         name = step.reads[0]
-        if (step.name, 0) not in self.network.sites or name in self.network.unsigned:
+        if (step.name, 0) not in self.network.sites:
             return None
-        return self.scales[name]
+        return self.network.step(name, self.scales[name])
 
     def _target(self, step: Step) -> Tensor:
         """Return what the layer should give: the float output, less an error it can make up for."""

@@ -65,13 +65,16 @@ def second_order(
     rows = flat.reshape(count, each, -1)
     steps = scales.reshape(count, each, 1)
     if width is not None:
-        inputs = (inputs / width).round_().to(torch.int8)
+        inputs = (inputs / width).round_()
+        inputs = inputs.to(torch.uint8 if inputs.amax() > LIMIT else torch.int8)
     parts = [
         torch.cat(
             [
                 _round(part, _second_moment(read), steps[group])
                 for part, read in zip(
-                    rows[group].split(_TOGETHER, dim=1), columns.split(_TOGETHER), strict=True
+                    torch.split(rows[group], _TOGETHER, dim=1),
+                    torch.split(columns, _TOGETHER),
+                    strict=True,
                 )
             ],
             dim=1,
@@ -82,10 +85,16 @@ def second_order(
 
 
 def _second_moment(columns: Tensor) -> Tensor:
-    """Return the sum of x·xᵀ, whose scale does not matter, float32."""
-    if columns.dtype == torch.int8:
-        return torch._int_mm(columns, columns.T).float()  # type: ignore[no-untyped-call]
-    return columns @ columns.T
+    """Return the sum of x·xᵀ, whose scale does not matter, (K, K) float32."""
+    if columns.is_floating_point():
+        return columns @ columns.T
+    less = 128 if columns.dtype == torch.uint8 else 0  # since only INT8 can be multiplied
+    x = (columns.to(torch.int16) - less).to(torch.int8) if less else columns
+    product = torch._int_mm(x, x.T).double()  # noqa: SLF001 # torch has no other product of whole numbers
+    if less:
+        sums = x.sum(dim=1, dtype=torch.float64)
+        product += less * (sums[:, None] + sums) + less**2 * x.shape[1]
+    return product.float()
 
 
 def _round(weights: Tensor, second_moment: Tensor, scales: Tensor) -> Tensor:

@@ -1,0 +1,305 @@
+"""Pairs that store what is never negative in all 256 steps of INT8, with 0 as its zero point.
+
+TensorRT takes no zero point and reads UINT8 as INT8, so that a tensor behind a ReLU has 128 of the
+256 steps. Here half the range is taken off before it is rounded, and put back behind it:
+
+    t = Δ · (clip(rint((t − o) / Δ), −128, 127)) + o        o = 128 Δ,  Δ = amax / 255
+
+Neither costs anything where t is computed and read by weighted layers. The −o goes into the bias of
+the convolution that writes t, through ReLU, maxima and sums: storing cuts off what is below −o, so
+that a ReLU there is not needed. The +o goes into the bias of each convolution that reads t, as
+o · Σ w over its row. A convolution that pads would pad with o instead of 0, so that in front of it
+−o is padded before storing; where that is not wanted (``pad``), its input is stored as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from exporter.precisions._qdq import INT8, Pairs
+from exporter.precisions._signs import bound, cuts_below_zero, never_negative
+from exporter.records import Array
+
+if TYPE_CHECKING:
+    import onnx
+
+HALF = 128
+_LAYERS = ("Conv", "Gemm")
+
+
+class Offsets(Pairs):
+    """A graph and the pairs that go into it, those of `unsigned` tensors with an offset.
+
+    `computed` has the tensors that are computed less a constant: their names, and of each the name
+    that it had and the constant.
+    """
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        layers: dict[str, onnx.NodeProto],
+        *,
+        residual: bool = True,
+        pad: bool = False,
+    ) -> None:
+        import onnx
+
+        super().__init__(graph, layers, INT8, residual=residual)
+        self._constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        self._outputs = {value.name for value in graph.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        positive = never_negative(graph, self._constants)
+        self.unsigned = frozenset(
+            name
+            for name, reads in self._reads.items()
+            if name in positive and all(self._can_read(node, i, pad=pad) for node, i in reads)
+        )
+        self._free_biases = {node.name for node in graph.node if self._has_free_bias(node)}
+        self.computed: dict[str, tuple[str, float]] = {}
+        self._taken_up: dict[str, Array] = {}  # by a layer's bias for its input, (O,)
+        self._moved: dict[str, float] = {}  # a layer's output by its bias
+
+    def write(self) -> None:
+        """Put the pairs into the graph, and what the offsets need."""
+        import onnx
+
+        tensors = {t.name: t for t in self.graph.initializer}
+        for name in self._reads:
+            if name in self.unsigned:
+                scale = onnx.numpy_helper.to_array(tensors[f"{name}_scale"])
+                self._offset(name, float(scale))
+        for node in list(self.graph.node):
+            if node.name in self._taken_up or node.name in self._moved:
+                self._write_bias(node, tensors)
+        self._drop_unread()
+        super().write()
+
+    # ── Who reads it ────────────────────────────────────────────────────────────────
+
+    def _can_read(self, node: onnx.NodeProto, index: int, *, pad: bool) -> bool:
+        """Return whether what reads a tensor can make up for its offset."""
+        if node.op_type == "Add":
+            return True
+        attributes = _attributes(node)
+        if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+            return False
+        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        constant = all(name in self._constants for name in node.input[1:] if name)
+        return index == 0 and constant and plain and (pad or not any(_pads(node)))
+
+    def _offset(self, name: str, scale: float) -> None:
+        offset = HALF * scale
+        source = self._lowered(name, offset, scale)
+        quantise, dequantise = self._pairs.pop(name)
+        quantise.input[0] = source
+        behind = self._pairs.setdefault(source, [])
+        padded: dict[tuple[int, ...], list[onnx.NodeProto]] = {}
+        if any(not any(_pads(node)) for node, _ in self._reads[name]):
+            behind += [quantise, dequantise]
+        for node, index in self._reads[name]:
+            if node.op_type == "Add":
+                self._give_back(node, index, offset)
+                continue
+            self._taken_up[node.name] = offset * self._sums(node)
+            if any(_pads(node)):
+                padded.setdefault(tuple(_pads(node)), []).append(node)
+        for sides, nodes in padded.items():
+            behind += self._padded(name, sides, offset, quantise, dequantise)
+            for node in nodes:
+                node.input[0] = behind[-1].output[0]
+                _set_pads(node, [0] * len(sides))
+
+    def _padded(
+        self,
+        name: str,
+        sides: tuple[int, ...],
+        offset: float,
+        quantise: onnx.NodeProto,
+        dequantise: onnx.NodeProto,
+    ) -> list[onnx.NodeProto]:
+        """Return the nodes that pad a tensor with what stands for 0, and store it."""
+        import numpy as np
+        import onnx
+
+        made = f"{name}_padded_" + "_".join(map(str, sides))
+        axes = len(sides) // 2
+        whole = [0, 0, *sides[:axes], 0, 0, *sides[axes:]]
+        sizes = self._constant(f"{made}_pads", np.array(whole, dtype=np.int64))
+        value = self._constant(f"{made}_value", np.array(-offset, dtype=np.float32))
+        nodes = [
+            onnx.helper.make_node("Pad", [quantise.input[0], sizes, value], [made], f"{made}/Pad")
+        ]
+        for node, written in ((quantise, f"{made}_q"), (dequantise, f"{made}_dq")):
+            copy = type(node).FromString(node.SerializeToString())
+            copy.name, copy.input[0] = f"{made}/{node.op_type}", nodes[-1].output[0]
+            copy.output[0] = written
+            nodes.append(copy)
+        return nodes
+
+    def _give_back(self, add: onnx.NodeProto, index: int, offset: float) -> None:
+        """Add the offset to the other side of a sum, or else to what is read."""
+        import numpy as np
+        import onnx
+
+        other = self._producer.get(add.input[1 - index])
+        if other is not None and other.name in self._free_biases:
+            self._moved[other.name] = self._moved.get(other.name, 0.0) + offset
+            return
+        read = add.input[index]
+        back = f"{read}_back"
+        constant = self._constant(f"{back}_by", np.array(offset, dtype=np.float32))
+        node = onnx.helper.make_node("Add", [read, constant], [back], f"{back}/Add")
+        self._pairs.setdefault(read, []).append(node)
+        add.input[index] = back
+
+    # ── Who computes it ─────────────────────────────────────────────────────────────
+
+    def _lowered(self, name: str, offset: float, scale: float) -> str:
+        """Return the name of a tensor less its offset, computed so where that is free."""
+        import numpy as np
+        import onnx
+
+        quantised = {id(node) for node, _ in self._reads[name]}
+        alone = all(id(node) in quantised for node in self._readers[name])
+        if alone and name not in self._outputs and self._is_free(name, scale):
+            return self._lower(name, offset)
+        lowered = f"{name}_offset"
+        constant = self._constant(f"{lowered}_by", np.array(offset, dtype=np.float32))
+        node = onnx.helper.make_node("Sub", [name, constant], [lowered], f"{lowered}/Sub")
+        self._pairs.setdefault(name, []).append(node)
+        self.computed[lowered] = (name, offset)
+        return lowered
+
+    def _is_free(self, name: str, scale: float) -> bool:
+        """Return whether biases alone can make a tensor less, as far as it is stored."""
+        node = self._producer.get(name)
+        if node is None:
+            return False
+        if node.op_type in _LAYERS:
+            return node.name in self._free_biases
+        if node.op_type == "Add":
+            return self._term(node) is not None
+        if node.op_type == "Clip":
+            high = bound(node, 2, self._constants)
+            passes = high is None or high >= 254.5 * scale  # stored as 255 steps, as beyond it
+            passes = passes and cuts_below_zero(node, self._constants)
+        elif node.op_type == "Min":
+            passes = len(node.input) == 2 and node.input[1] in self._constants
+        else:
+            passes = node.op_type in ("Relu", "MaxPool")
+        return passes and self._is_read_once(node.input[0]) and self._is_free(node.input[0], scale)
+
+    def _lower(self, name: str, offset: float) -> str:
+        """Let a tensor be computed less a constant, and return its new name."""
+        import numpy as np
+
+        node = self._producer[name]
+        if cuts_below_zero(node, self._constants):  # storing does the same
+            self.graph.node.remove(node)
+            return self._lower(node.input[0], offset)
+        lowered = f"{name}_offset"
+        layer = node if node.op_type in _LAYERS else self._term(node)
+        if layer is not None:
+            self._moved[layer.name] = self._moved.get(layer.name, 0.0) - offset
+        else:
+            node.input[0] = self._lower(node.input[0], offset)
+        if node.op_type == "Min":
+            limit = self._constants[node.input[1]] - np.float32(offset)
+            node.input[1] = self._constant(f"{lowered}_limit", limit)
+        if layer is not node:  # whose output is named when its bias is written
+            node.output[0] = lowered
+            self.computed[lowered] = (name, offset)
+        return lowered
+
+    def _is_read_once(self, name: str) -> bool:
+        return len(self._readers.get(name, [])) == 1 and name not in self._outputs
+
+    def _has_free_bias(self, node: onnx.NodeProto) -> bool:
+        """Return whether a layer's bias can move its output, for the one node that reads it."""
+        return (
+            node.op_type in _LAYERS
+            and all(name in self._constants for name in node.input[1:] if name)
+            and _attributes(node).get("beta", 1.0) == 1.0
+            and self._is_read_once(node.output[0])
+            and node.output[0] not in self._reads
+        )
+
+    def _term(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """Return a layer that writes one of a sum's terms and has a free bias."""
+        if node.op_type != "Add":
+            return None
+        found = [self._producer.get(name) for name in node.input]
+        return next((n for n in found if n is not None and n.name in self._free_biases), None)
+
+    # ── Biases ──────────────────────────────────────────────────────────────────────
+
+    def _write_bias(self, node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> None:
+        import numpy as np
+        import onnx
+
+        moved = self._moved.get(node.name)
+        bias: Array = self._taken_up.get(node.name, 0.0) + np.full(self._rows(node), moved or 0.0)
+        if len(node.input) > 2 and node.input[2]:
+            bias = bias + onnx.numpy_helper.to_array(tensors[node.input[2]]).astype(np.float64)
+        del node.input[2:]
+        node.input.append(self._constant(f"{node.name}/bias", bias.astype(np.float32)))
+        if moved is not None:
+            name = node.output[0]
+            node.output[0] = f"{name}_offset"
+            self.computed[node.output[0]] = (name, -moved)
+            for reader in self._readers[name]:
+                reader.input[:] = [node.output[0] if n == name else n for n in reader.input]
+
+    def _rows(self, node: onnx.NodeProto) -> int:
+        """Return how many outputs a layer has."""
+        weights = self._constants[node.input[1].removesuffix("_dq")]
+        rows_first = node.op_type == "Conv" or _attributes(node).get("transB", 0)
+        return int(weights.shape[0 if rows_first else 1])
+
+    def _sums(self, node: onnx.NodeProto) -> Array:
+        """Return the sum of each row of a layer's weights as they are stored, float64."""
+        import numpy as np
+        import onnx
+
+        tensors = {t.name: t for t in self.graph.initializer}
+        name = node.input[1].removesuffix("_dq")
+        whole, scales = (
+            onnx.numpy_helper.to_array(tensors[f"{name}_{part}"]) for part in ("q", "scale")
+        )
+        sums = whole.reshape(len(whole), -1).sum(axis=1, dtype=np.float64)
+        return np.asarray(sums * scales.astype(np.float64))
+
+    def _constant(self, name: str, value: Array) -> str:
+        import onnx
+
+        self.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def _drop_unread(self) -> None:
+        """Take out the constants that nothing reads any more."""
+        pairs = [node for nodes in self._pairs.values() for node in nodes]
+        nodes = (*self.graph.node, *self._weight_pairs, *pairs)
+        read = {name for node in nodes for name in node.input}
+        for tensor in list(self.graph.initializer):
+            if tensor.name in self._constants and tensor.name not in read:
+                self.graph.initializer.remove(tensor)
+
+
+def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:
+    import onnx
+
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _pads(node: onnx.NodeProto) -> list[int]:
+    return list(_attributes(node).get("pads", [])) if node.op_type == "Conv" else []
+
+
+def _set_pads(node: onnx.NodeProto, pads: list[int]) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "pads":
+            attribute.ints[:] = pads

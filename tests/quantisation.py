@@ -16,7 +16,13 @@ from exporter.samples import feeds
 from exporter.to_onnx import export_onnx
 
 SHAPE = (3, 12, 12)
-PLAIN = {"calibrator": "max", "equalise": False, "rounding": False, "bias_correction": False}
+PLAIN = {
+    "calibrator": "max",
+    "equalise": False,
+    "rounding": False,
+    "bias_correction": False,
+    "offset": "none",
+}
 
 
 class Block(nn.Module):

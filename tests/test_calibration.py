@@ -15,7 +15,14 @@ from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from onnx.numpy_helper import from_array
 
-from exporter.calibration import Magnitudes, calibrate, convergence, statistics, watched_tensors
+from exporter.calibration import (
+    Magnitudes,
+    calibrate,
+    convergence,
+    divided,
+    statistics,
+    watched_tensors,
+)
 from exporter.calibration.thresholds import divergence
 from exporter.calibrators import CALIBRATORS, threshold
 from exporter.errors import GraphError, InputRefused, UnknownName
@@ -88,6 +95,11 @@ WATCHED = ("x", "r1", "c2", "f")
 
 def samples(count: int = 20) -> np.ndarray:
     return np.random.default_rng(0).integers(-50, 51, (count, 2, 4, 4)).astype(np.float32)
+
+
+def largest(values: np.ndarray) -> np.ndarray:
+    """Return the largest magnitude in each channel, axis 1."""
+    return np.abs(values).max(axis=tuple(axis for axis in range(values.ndim) if axis != 1))
 
 
 def feeds(x: np.ndarray):
@@ -166,14 +178,13 @@ def test_the_sign_of_a_zero_is_no_magnitude():
 # ── Channels ────────────────────────────────────────────────────────────────────────
 
 
-def test_each_channel_has_its_largest_magnitude_power_and_zeros():
+def test_each_channel_has_its_largest_magnitude_and_power():
     rng = np.random.default_rng(0)
     values = np.maximum(rng.standard_normal((40, 5, 3, 7)), 0).astype(np.float32)
     values[:, 3] = 0
     values[:, 1] *= np.float32(1e-3)
     found = magnitudes(*(value[None] for value in values))
     assert np.array_equal(found.channel_amax, values.max(axis=(0, 2, 3)))
-    assert np.array_equal(found.channel_zeros, (values == 0).mean(axis=(0, 2, 3)))
     power = (values.astype(np.float64) ** 2).mean(axis=(0, 2, 3))
     assert found.channel_power == pytest.approx(power, rel=1e-14)
     assert found.dead_channels == (3,)
@@ -209,9 +220,29 @@ def test_the_smallest_and_the_largest_float_can_be_squared_and_summed():
     assert found.channel_power.tolist() == [float(tiny) ** 2, float(huge) ** 2, 0.0]
 
 
-def test_the_second_largest_is_of_another_sample():
-    found = magnitudes([3, -9, 8], [1, 2], [-7, 5], [7, 6])
-    assert (found.amax, found.second, found.minimum, found.maximum) == (9.0, 7.0, -9.0, 8.0)
+def test_each_fold_has_its_own_largest_and_nan_stays():
+    found = Magnitudes.empty()
+    for fold, values in ((0, [3, -9, 8]), (2, [1, 2]), (0, [-7, 5]), (3, [7, 6])):
+        found.add(np.array(values, dtype=np.float32), fold)
+    assert found.fold_amax.tolist() == [[9], [0], [2], [7]]
+    assert found.channel_amax.tolist() == [9]
+    assert found.amax == 9
+    assert found.finite
+    found.add(np.array([np.nan], dtype=np.float32), 1)
+    assert not found.finite
+
+
+def test_a_divided_tensor_is_what_its_samples_would_have_given(residual):
+    x = samples()
+    divisor = np.array([2.0, 0.5, 8.0])  # powers of two, so that every figure is exact
+    whole, few = calibrate(residual, feeds(x)), calibrate(residual, feeds(x[:4]))
+    found = divided(whole, few, {"r1": divisor})
+    want = by_hand(residual, x.astype(np.float64))["r1"] / divisor[:, None, None]
+    assert np.array_equal(found["r1"].channel_amax, np.abs(want).max(axis=(0, 2, 3)))
+    assert found["r1"].amax == np.abs(want).max()
+    assert np.array_equal(found["r1"].channel_power, (want**2).mean(axis=(0, 2, 3)))
+    assert np.array_equal(found["r1"].counts, few["r1"].counts)
+    assert found["c1"].amax == whole["c1"].amax
 
 
 # ── Where to clip ───────────────────────────────────────────────────────────────────
@@ -364,11 +395,11 @@ def everything(found) -> dict[str, tuple]:
     """Return every figure of every tensor, to the bit."""
     kept = {}
     for name, seen in found.items():
-        kept[name] = (seen.minimum, seen.maximum, seen.amax, seen.samples)
+        kept[name] = (seen.amax, seen.samples, seen.fold_amax.tobytes())
         if isinstance(seen, Magnitudes):
-            arrays = (seen.counts, seen.channel_amax, seen.channel_power, seen.channel_zeros)
+            arrays = (seen.counts, seen.channel_amax, seen.channel_power)
             scales = [threshold(calibrator, seen, 99.9) for calibrator in CALIBRATORS]
-            kept[name] += (seen.second, *scales, *(array.tobytes() for array in arrays))
+            kept[name] += (*scales, *(array.tobytes() for array in arrays))
     return kept
 
 
@@ -427,7 +458,7 @@ def test_every_other_float_tensor_has_its_range_and_says_that_it_has_no_more(res
     found = calibrate(residual, feeds(x))
     for name, values in by_hand(residual, x.astype(np.float64)).items():
         seen = found[name]
-        assert (seen.minimum, seen.maximum) == (values.min(), values.max()), name
+        assert np.array_equal(seen.channel_amax, largest(values)), name
         assert seen.samples == len(x)
     for ask in (lambda t: t.percentile(99), lambda t: t.mse(), lambda t: t.channel_power):
         with refused(GraphError, "no convolution, product, sum or average reads"):

@@ -268,7 +268,7 @@ def test_the_graph_is_valid_and_the_same_every_time(graph, statistics, fp8):
 
 
 def test_pairs_stand_where_those_of_int8_do(graph, statistics, fp8):
-    int8 = convert(graph, statistics, "int8").model
+    int8 = convert(graph, statistics, "int8", offset="none").model
     described = [
         [(n.op_type, n.name, tuple(n.input), tuple(n.output)) for n in model.graph.node]
         for model in (fp8, int8)

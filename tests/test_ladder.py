@@ -192,20 +192,20 @@ def test_addends_may_change_places(judge, asked):
 
 def test_each_weighted_layer_has_its_own_loss(ladder, asked, made):
     weighted = [n.name for n in ladder.source.model.graph.node if n.op_type in ("Conv", "Gemm")]
-    assert ladder.losses(ladder.source) == ()
+    assert ladder.losses(ladder.source, Converted(ladder.source.model)) == ()
     for name in ("fp16", "int8", "int8 in fp16", "int8 plain"):
-        losses = ladder.losses(asked[name], made[name].divisors)
+        losses = ladder.losses(asked[name], made[name])
         assert [loss.layer for loss in losses] == weighted
         # a corrected bias makes up for errors before its layer, which are not there on their own
         assert all(loss.multiple < (4 if name in ("fp16", "int8 plain") else 8) for loss in losses)
-    int8 = ladder.losses(asked["int8"], made["int8"].divisors)
+    int8 = ladder.losses(asked["int8"], made["int8"])
     assert max(loss.relative for loss in int8) > 1e-3
 
 
 def test_a_scale_that_clips_most_values_is_a_loss_in_its_layer(ladder, asked, made):
     file = copy(asked["int8"])
     rewrite(file, "relu_1_scale", lambda scale: scale / 20)
-    losses = ladder.losses(Asked.of(ladder.job, file, "int8"), made["int8"].divisors)
+    losses = ladder.losses(Asked.of(ladder.job, file, "int8"), made["int8"])
     beyond = [loss.layer for loss in losses if loss.exceeds(4.0)]
     assert beyond == ["block2.0.conv2"]
 
@@ -218,7 +218,7 @@ def test_a_layer_without_emulation_is_not_checked_and_says_which(ladder, judge):
     assert (unseen.emulator, unseen.unseen) == (None, said)
     found = judge("fp32", ladder.source.model, by=Ladder(ladder.job, ladder.truth, unseen))
     assert (found.rung.fidelity.verdict, found.rung.fidelity.unseen) == ("not checked", said)
-    assert ladder.losses(unseen) == ()
+    assert ladder.losses(unseen, Converted(file)) == ()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (9, 10, 12)])
@@ -322,7 +322,7 @@ def test_a_zero_point_of_1(judge, asked):
 def test_a_zero_point_of_1_at_one_end_alone(judge, asked):
     file = copy(asked["int8"])
     file.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(1), "off"))
-    node_of(file, "relu_1/DequantizeLinear").input[2] = "off"
+    node_of(file, "relu_1_padded_1_1_1_1/DequantizeLinear").input[2] = "off"
     is_wrong(judge("int8", file), "block2.0.conv2", "has another 'relu_1_zero'")
 
 

@@ -70,7 +70,7 @@ def plain(tmp_path_factory):
 
 def equalised(model: onnx.ModelProto, p: float = 8.0):
     network = network_of(model)
-    observed = observe(network, CALIBRATION, probed=8)
+    observed = observe(network, statistics_of(model, CALIBRATION), CALIBRATION[:8])
     groups = Groups.find(network, observed.shapes)
     peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
     found = factors(network, observed, peaks, groups, p)
@@ -106,7 +106,9 @@ def test_what_each_tensor_was_divided_by_is_told(case):
 def test_a_residual_stream_is_one_group_and_the_ends_are_none(plain):
     _, model = plain
     network = network_of(model)
-    groups = Groups.find(network, observe(network, CALIBRATION[:4], probed=1).shapes)
+    groups = Groups.find(
+        network, observe(network, statistics_of(model, CALIBRATION[:4]), CALIBRATION[:1]).shapes
+    )
     by_layer = {step.name: groups.of(step.writes[0]) for step in network.layers}
     assert by_layer["0"] == by_layer["4.conv2"]  # the stem feeds the first block's identity
     assert by_layer["5.conv2"] == by_layer["5.conv3"] == by_layer["6.conv2"]
@@ -125,7 +127,8 @@ def a_graph(*nodes, **constants) -> onnx.ModelProto:
         [value("logits", 1, None)],
         [onnx.numpy_helper.from_array(np.float32(v), name) for name, v in constants.items()],
     )
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    opset = onnx.helper.make_opsetid("", 20)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
 
 
 def test_what_does_not_commute_with_a_scale_is_left_alone():
@@ -142,7 +145,7 @@ def test_what_does_not_commute_with_a_scale_is_left_alone():
     )
     network = network_of(model)
     x = np.random.default_rng(0).standard_normal((4, 2, 4, 4)).astype(np.float32)
-    groups = Groups.find(network, observe(network, x, probed=2).shapes)
+    groups = Groups.find(network, observe(network, statistics_of(model, x), x[:2]).shapes)
     assert groups.of("a") is None
     assert groups.of("b") is None
     assert groups.of("c") == groups.of("d") != None  # noqa: E711 - one comparison says both
@@ -157,7 +160,7 @@ def test_weights_that_two_layers_share_are_not_scaled():
     )
     network = network_of(model)
     x = np.random.default_rng(0).standard_normal((4, 2, 4, 4)).astype(np.float32)
-    groups = Groups.find(network, observe(network, x, probed=2).shapes)
+    groups = Groups.find(network, observe(network, statistics_of(model, x), x[:2]).shapes)
     assert groups.of("b") is None
 
 
@@ -187,7 +190,7 @@ def test_the_gain_of_a_tensor_is_that_of_its_quantised_reads_by_its_jacobian(pla
     jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros_like(value))
     exact = (jacobian[:, 0] ** 2 * (value[0] != 0)).sum(dim=(0, 2, 3))
     many = np.repeat(sample, 200, axis=0)
-    found = observe(network, many, probed=200).gain[name]
+    found = observe(network, statistics_of(model, sample), many).gain[name]
     assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.1)
     torch.testing.assert_close(found.float(), exact, rtol=0.35, atol=float(exact.max()) / 50)
 
@@ -196,7 +199,7 @@ def test_the_measured_cost_of_a_scale_is_what_it_does_to_the_outputs(plain):
     _, model = plain
     network = network_of(model)
     name = network.tensors[-1]
-    largest = float(observe(network, CALIBRATION, probed=1).peaks[name].max())
+    largest = statistics_of(model, CALIBRATION)[name].amax
     scales = [largest / 127, largest / 20]
     reference = network.outputs(CALIBRATION)
     truth = [

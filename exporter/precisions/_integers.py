@@ -227,7 +227,14 @@ class Integers(Pairs):
         return {name: found[name] for name in self._reads}
 
     def _reach(self, name: str, reach: Callable[[str], float | None]) -> float | None:
-        return reach(name) if name in self._watched else None
+        """Return how far a tensor reaches, or as far as what a Min makes of it does."""
+        if name in self._watched:
+            return reach(name)
+        readers = [reader for reader, _ in self._readers.get(name, [])]
+        if not readers or any(reader.op_type != "Min" for reader in readers):
+            return None
+        behind = [self._reach(reader.output[0], reach) for reader in readers]
+        return None if None in behind else max(b for b in behind if b is not None)
 
     def _moved_together(self) -> Iterator[list[str]]:
         """Yield the tensors that differ in nothing but the places of their values."""

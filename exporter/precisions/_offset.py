@@ -93,8 +93,8 @@ class Offsets(Pairs):
 
     def _offset(self, name: str, scale: float) -> None:
         offset = HALF * scale
-        source = self._lowered(name, offset, scale)
         quantise, dequantise = self._pairs.pop(name)
+        source = self._lowered(name, offset, scale)
         quantise.input[0] = source
         behind = self._pairs.setdefault(source, [])
         padded: dict[tuple[int, ...], list[onnx.NodeProto]] = {}

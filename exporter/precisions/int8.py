@@ -3,12 +3,13 @@
     activations  per tensor,       q = clip(rint(x / s), −128, 127),  s = amax / 127
     weights      per out channel,  q = clip(rint(w / s), −127, 127),  s = max |w| / 127
 
-Symmetric, zero point 0, biases left in float. Pairs stand where TensorRT documents them ("Working
-with quantized types", explicit quantisation): on the input and the weights of every convolution,
-not on its output, and on the identity branch of a residual sum, so that convolution, bias, sum and
-ReLU can become one integer kernel. Linear layers are left in float unless asked for: they are a
-negligible part of the work and cost accuracy. (TensorRT fuses; whether a runtime gains speed from
-INT8 is measured, not assumed.)
+What is never negative uses all 256 steps, s = amax / 255, with half of them taken off in one bias
+and put back in the next (`_offset`). Symmetric, zero point 0, biases left in float. Pairs stand
+where TensorRT documents them ("Working with quantized types", explicit quantisation): on the input
+and the weights of every convolution, not on its output, and on the identity branch of a residual
+sum, so that convolution, bias, sum and ReLU can become one integer kernel. Linear layers are left
+in float unless asked for: they are a negligible part of the work and cost accuracy. (TensorRT
+fuses; whether a runtime gains speed from INT8 is measured, not assumed.)
 
 That is the form "tensorrt". ONNX Runtime runs few layers of it in integers; "onnxruntime" is the
 form that it runs in integers throughout (`_integers`), which TensorRT does not take.
@@ -66,8 +67,11 @@ class Int8(Plugin, frozen=True):
     where it measurably helps. ``form`` is the runtime whose integer kernels the pairs are placed
     for: ``"onnxruntime"`` has UINT8 activations, and quantises all that its operators read.
     ``around`` is the type of what is not quantised; ``linear`` quantises linear layers too,
-    ``residual`` the identity branch of a residual sum; ``keep`` names layers, as in the PyTorch
-    module, that stay in float; ``half_io`` makes input and output half where ``around`` is.
+    ``residual`` the identity branch of a residual sum. ``offset`` says in front of what a tensor
+    that is never negative uses all steps: also of convolutions that pad (``"padded"``), only where
+    no pad has to be added (``"free"``), or ``"none"``; UINT8 has no need of it. ``keep`` names
+    layers, as in the PyTorch module, that stay in float; ``half_io`` makes input and output half
+    where ``around`` is.
     """
 
     calibrator: Literal["auto", "max", "percentile", "mse", "entropy"] = "auto"

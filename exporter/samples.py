@@ -9,11 +9,11 @@ std those of the training split, and is upsampled bilinearly to the network's in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from exporter.digests import digests
 from exporter.errors import ExportError, InputRefused, UnknownName
 from exporter.records import LEAST_IMAGES, Array, Feed, TensorSpec
 
@@ -174,16 +174,6 @@ def _spread(array: Array) -> tuple[float, float]:
     mean = sum(means) / len(means)
     variance = sum(float(np.square(s - mean, dtype=np.float64).mean()) for s in array) / len(array)
     return variance**0.5, float(max(np.abs(sample).max() for sample in array))
-
-
-def digests(inputs: Array) -> list[str]:
-    """Return the SHA-256 of each sample's bytes."""
-    return [hashlib.sha256(sample.tobytes()).hexdigest() for sample in inputs]
-
-
-def folds(inputs: Array, count: int) -> list[int]:
-    """Return which of so many folds each sample is in, by its digest: in any order the same."""
-    return [int(digest, 16) % count for digest in digests(inputs)]
 
 
 def overlap(inputs: Array, held_out: Array) -> tuple[int, ...]:

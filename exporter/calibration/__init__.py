@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from exporter.calibration.convergence import convergence
 from exporter.calibration.statistics import FOLDS, Magnitudes, Range
 from exporter.contracts import Advance, Statistics
+from exporter.digests import folds
 from exporter.errors import GraphError, InputRefused
 from exporter.records import Array, Feed
-from exporter.samples import folds
 
 if TYPE_CHECKING:
     import onnx

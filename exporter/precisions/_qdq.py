@@ -139,9 +139,11 @@ class Pairs:
         for layer, node in self.layers.items():
             name = node.input[1]
             if name not in done:
-                original = onnx.numpy_helper.to_array(tensors[name])
-                rounded = quantise(original, name, self.storage)
-                done[name], scales = (given or {}).get(name, rounded)
+                stored = (given or {}).get(name)
+                if stored is None:
+                    original = onnx.numpy_helper.to_array(tensors[name])
+                    stored = quantise(original, name, self.storage)
+                done[name], scales = stored
                 self._add_weights(name, done[name], scales)
                 self.graph.initializer.remove(tensors[name])
             node.input[1] = f"{name}_dq"

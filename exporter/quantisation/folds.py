@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from exporter.contracts import Progress
+from exporter.digests import folds
 from exporter.quantisation.equalisation import factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
 from exporter.quantisation.network import HIGH, Network, Scale
 from exporter.quantisation.observe import Observed
-from exporter.samples import folds
 
 if TYPE_CHECKING:
     from exporter.records import Array

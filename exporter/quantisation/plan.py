@@ -25,6 +25,7 @@ from torch import Tensor
 
 from exporter.calibrators import CALIBRATORS, threshold
 from exporter.contracts import Progress, Statistics
+from exporter.digests import digests
 from exporter.quantisation.equalisation import equalise, factors
 from exporter.quantisation.folds import Folds
 from exporter.quantisation.groups import Groups
@@ -33,7 +34,6 @@ from exporter.quantisation.network import HIGH, UNSIGNED, Network
 from exporter.quantisation.observe import Observed, describe, measured_error, observe
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
-from exporter.samples import digests
 
 if TYPE_CHECKING:
     import onnx

@@ -339,6 +339,53 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
     ctx.exit(0 if report.verdict in ("pass", "not checked") else 1)
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--runtime", default="ort-cpu", show_default=True, help="Where it is profiled.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Default: as many as the runtime likes.")
+@click.option("--runs", type=click.IntRange(1, 100_000), default=100, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=15, show_default=True, help="Of the table.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw it there, as SVG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def roofline(
+    file: Path,
+    runtime: str,
+    batch: int,
+    threads: int | None,
+    runs: int,
+    rows: int,
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Say where the time of an ONNX FILE goes, and what is left to win on this machine.
+
+    Each kernel's time beside the least that its arithmetic and its bytes can take, by ceilings that
+    are measured here. Give one --threads: what several do is not one kernel's.
+    """
+    from exporter.files import write_text
+    from exporter.renderers import roofline as renderer
+    from exporter.roofline import measure_roofline
+
+    with _bars() as progress:
+        found = measure_roofline(
+            file,
+            runtime=runtime,
+            batch=batch,
+            threads=threads,
+            runs=runs,
+            progress=progress,
+        )
+    if plot is not None:
+        write_text(plot, renderer.plot(found))
+    click.echo(renderer.as_json(found) if as_json else renderer.table(found, rows=rows))
+
+
 def _export(profile: Any, asked: dict[str, Any]) -> Any:
     with _bars() as progress:
         with progress("load PyTorch", None):

@@ -15,13 +15,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    runtime_checkable,
+)
 
 from exporter.records import (
     Array,
     Asked,
     Execution,
     Feed,
+    Kernel,
     OnnxModel,
     Outputs,
     Quantised,
@@ -157,6 +167,16 @@ class Runtime(Protocol):
         """
 
 
+@runtime_checkable
+class TellsKernels(Protocol):
+    """A runtime that can say how long each of its kernels takes."""
+
+    def kernels(
+        self, path: Path, *, batch: int, runs: int, warmup: int
+    ) -> tuple[int, tuple[Kernel, ...]]:
+        """Return the threads it computes with, and its kernels in running order."""
+
+
 class Session(Protocol):
     """Anything that computes: an engine, an ONNX file, or the PyTorch module itself."""
 
@@ -198,6 +218,7 @@ __all__ = [
     "Runtime",
     "Session",
     "Statistics",
+    "TellsKernels",
     "TensorStatistics",
     "silent",
 ]

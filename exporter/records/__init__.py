@@ -26,6 +26,7 @@ from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+from exporter.records.roofline import Bandwidth, Ceilings, Kernel, Roofline
 from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
 from exporter.records.worth import Comparison, Recommendation
 
@@ -36,10 +37,12 @@ __all__ = [
     "Array",
     "Artefact",
     "Asked",
+    "Bandwidth",
     "BatchRange",
     "Budget",
     "Calibration",
     "Candidate",
+    "Ceilings",
     "Comparison",
     "Convergence",
     "Cost",
@@ -53,6 +56,7 @@ __all__ = [
     "Flip",
     "FoldRecord",
     "Found",
+    "Kernel",
     "Latency",
     "LayerCost",
     "LayerError",
@@ -65,6 +69,7 @@ __all__ = [
     "Recommendation",
     "Repair",
     "Report",
+    "Roofline",
     "Rung",
     "Sensitivity",
     "Source",

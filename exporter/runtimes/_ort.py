@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Plugin, Session
-from exporter.errors import BuildError
-from exporter.records import Execution, Feed, OnnxModel, Outputs, check_threads
+from exporter.errors import BuildError, InputRefused
+from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
 from exporter.runtimes import _ort_audit
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import (
@@ -23,6 +23,7 @@ from exporter.runtimes._graph import (
     is_quantised,
     read_graph,
 )
+from exporter.runtimes._ort_kernels import computing_nodes, kernel_times
 
 if TYPE_CHECKING:
     import onnx
@@ -111,6 +112,32 @@ class OnnxRuntime(Plugin, frozen=True):
             _Session(session, self.device, 1)({spec.name: zeros})
             events = json.loads(Path(session.end_profiling()).read_bytes())
             return read_graph(written), _ort_audit.kernels(events)
+
+    def kernels(
+        self, path: Path, *, batch: int, runs: int, warmup: int
+    ) -> tuple[int, tuple[Kernel, ...]]:
+        """Return the threads, and every kernel's median time over the runs of one profile."""
+        import numpy as np
+
+        with TemporaryDirectory() as folder:
+            options = self._session_options(path)
+            written = Path(folder, "optimised.onnx")
+            options.optimized_model_filepath = str(written)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "profile"))
+            session = self._load(path, options)
+            (given,) = session.get_inputs()
+            first, *rest = given.shape
+            if isinstance(first, int) and first != batch:
+                raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
+            drawn = np.random.default_rng(0).standard_normal((batch, *rest))
+            feed = {given.name: drawn.astype(np.float32)}
+            opened = _Session(session, self.device, self._thread_count())
+            for _ in range(warmup + runs):
+                opened(feed)
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+            nodes = computing_nodes(read_graph(path), read_graph(written))
+        return opened.threads, kernel_times(events, nodes, skip=warmup)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Session]:

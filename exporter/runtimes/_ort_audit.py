@@ -26,7 +26,7 @@ INTEGER = (
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
 )
 FUSED = ("FusedGemm", "FusedMatMul", "NhwcFusedConv")
-_TYPES = {
+TYPES = {
     "float": "fp32",
     "double": "fp64",
     "float16": "fp16",
@@ -36,7 +36,7 @@ _TYPES = {
     "float8e4m3fn": "fp8",
 }
 _DECORATION = re.compile(r"^(InsertedPrecisionFreeCast_|FusedBack_)+|(_nchwc|_token_\d+|_quant)+$")
-_POINTWISE = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
+POINTWISE = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 
 
 class Kernel(NamedTuple):
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
         """Return the type it computes in."""
         if self.op in INTEGER:
             return "int8"
-        return _TYPES.get(self.reads[0]) if self.reads else None
+        return TYPES.get(self.reads[0]) if self.reads else None
 
 
 def kernels(events: Sequence[Mapping[str, Any]]) -> dict[str, Kernel]:
@@ -110,17 +110,17 @@ def _find(
     for node in optimised.node:
         if node.op_type not in kinds:
             continue
-        name = _plain(node.name)
+        name = plain_name(node.name)
         owner = name if name in layers else None
-        owner = owner or next((biases[b] for b in map(_plain, node.input) if b in biases), None)
-        for tensor in (name, *map(_plain, node.output)):
+        owner = owner or next((biases[b] for b in map(plain_name, node.input) if b in biases), None)
+        for tensor in (name, *map(plain_name, node.output)):
             owner = owner or _writer(tensor, made, layers)
         if owner:
             found.setdefault(owner, []).append(node)
     return {name: nodes[0] for name, nodes in found.items() if len(nodes) == 1}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     return _DECORATION.sub("", name)
 
 
@@ -128,7 +128,7 @@ def _writer(tensor: str, made: Mapping[str, onnx.NodeProto], layers: set[str]) -
     """Return the layer that writes a tensor, through operators of one input."""
     node = made.get(tensor)
     while node is not None and node.name not in layers:
-        node = made.get(node.input[0]) if node.op_type in _POINTWISE else None
+        node = made.get(node.input[0]) if node.op_type in POINTWISE else None
     return node.name if node is not None else None
 
 

@@ -8,7 +8,6 @@ those of different runs cannot be compared. ``candidates/`` has the graphs until
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from exporter.errors import InputRefused, OutputError
+from exporter.files import write_text
 from exporter.records import Candidate, File, Found, Sensitivity
 
 STATE, GRAPHS = "tune-state.json", "candidates"
@@ -131,18 +131,7 @@ class State:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder in one step. Raises `OutputError` if the disk refuses."""
-        path = self.folder / name
-        beside = path.with_name(f".{name}.{os.getpid()}{_PARTIAL}")
-        try:
-            with beside.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(path)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text(self.folder / name, text, partial=_PARTIAL)
 
     def _write(self, saved: _Saved) -> None:
         text = msgspec.json.format(msgspec.json.encode(saved), indent=2).decode()

@@ -81,8 +81,9 @@ def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
 
 def test_what_a_runtime_does_otherwise_than_the_file_reads_is_on_the_terminal(exported):
     done, _ = exported
-    assert (
-        "int8 on ort-cpu: 0 of 20 convolutions ran in INT8 (by the profile of a run)" in done.stdout
+    assert re.search(
+        r"int8 on ort-cpu: \d of 20 convolutions ran in INT8 \(by the profile of a run\)",
+        done.stdout,
     )
     assert "fp16 on ort-cpu: 0 of 21 layers ran in FP16 (by the profile of a run)" in done.stdout
 

@@ -39,7 +39,13 @@ from exporter.to_onnx import export_onnx
 from mutation.nets import SHAPE, Net, pictures
 
 INPUT, OUTPUT = TensorSpec("input", SHAPE), TensorSpec("logits", (10,))
-PLAIN = {"calibrator": "percentile", "equalise": False, "rounding": False, "bias_correction": False}
+PLAIN = {
+    "calibrator": "percentile",
+    "equalise": False,
+    "rounding": False,
+    "bias_correction": False,
+    "offset": "none",
+}
 PRECISIONS = {  # without the repairs of INT8, which choose by samples and take seconds a graph
     "fp32": ("fp32", {}),
     "fp16": ("fp16", {}),

@@ -24,11 +24,19 @@ class Setting(NamedTuple):
 
 
 # What is compared. Each is held against the best peer at its own set of quantised tensors.
-PLAIN = {"calibrator": "max", "equalise": False, "rounding": False, "bias_correction": False}
+PLAIN = {
+    "calibrator": "max",
+    "equalise": False,
+    "rounding": False,
+    "bias_correction": False,
+    "offset": "none",
+}
 SETTINGS = (
     Setting("auto", {}),
     Setting("auto, identity in float", {"residual": False}),
     Setting("auto, linear too, identity in float", {"residual": False, "linear": True}),
+    Setting("auto, pads nowhere", {"offset": "free"}),
+    Setting("auto, signed steps alone", {"offset": "none"}),
     Setting("max, no repairs", PLAIN),
 )
 RECIPE = SETTINGS[0]  # the one that is timed, and that is tried with few images

@@ -39,6 +39,10 @@ SETTINGS = (
     Setting("auto, signed steps alone", {"offset": "none"}),
     Setting("max, no repairs", PLAIN),
 )
+_CODE = (
+    *("quantisation/*.py", "precisions/*.py", "calibration/*.py", "emulation/*.py"),
+    *("calibrators.py", "digests.py", "onnx_edits.py"),
+)
 RECIPE = SETTINGS[0]  # the one that is timed, and that is tried with few images
 
 
@@ -76,5 +80,7 @@ def converted(setting: Setting, network: Network, images: Array | None = None) -
 
 
 def _code() -> bytes:
-    files = sorted(Path(exporter.__file__).parent.rglob("*.py"))
+    """Return the code that a conversion depends on."""
+    folder = Path(exporter.__file__).parent
+    files = sorted(file for pattern in _CODE for file in folder.glob(pattern))
     return b"".join(file.read_bytes() for file in files)

@@ -163,8 +163,8 @@ class Offsets(Pairs):
         import numpy as np
         import onnx
 
-        quantised = {id(node) for node, _ in self._reads[name]}
-        alone = all(id(node) in quantised for node in self._readers[name])
+        quantised = {node.output[0] for node, _ in self._reads[name]}
+        alone = all(node.output[0] in quantised for node in self._readers[name])
         if alone and name not in self._outputs and self._is_free(name, scale):
             return self._lower(name, offset)
         lowered = f"{name}_offset"

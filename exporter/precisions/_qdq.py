@@ -67,7 +67,7 @@ def e4m3_widths(steps: Array) -> Array:
 class Pairs:
     """A graph and the Q/DQ pairs that go into it.
 
-    ``unsigned`` are the tensors that all steps are above 0 of.
+    ``unsigned`` are the tensors whose steps all stand for 0 or more.
     """
 
     unsigned: frozenset[str] = frozenset()

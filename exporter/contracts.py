@@ -51,12 +51,26 @@ class Plugin(Asked, frozen=True, kw_only=True):
 
 
 class Model(Protocol):
-    """A network, the tensors it takes and gives, and where its weights and samples are."""
+    """A network, the tensors it takes and gives, and where its weights and samples are.
 
-    input: ClassVar[TensorSpec]
-    output: ClassVar[TensorSpec]
-    data: ClassVar[str]
-    weights: ClassVar[Path]
+    Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
+    """
+
+    @property
+    def input(self) -> TensorSpec:
+        """Return the input that it was made for."""
+
+    @property
+    def output(self) -> TensorSpec:
+        """Return the output."""
+
+    @property
+    def data(self) -> str:
+        """Return the name of its samples."""
+
+    @property
+    def weights(self) -> Path | None:
+        """Return the file of its weights, or None where none ship."""
 
     def module(self) -> nn.Module:
         """Return the network, freshly initialised, in eval mode."""

@@ -75,12 +75,17 @@ class Job:
         among those it is judged on are refused unless ``allow_overlap``.
         """
         name = model if isinstance(model, str) else type(model).__name__.lower()
-        chosen = load_model(model) if isinstance(model, str) else model
+        chosen = load_model(model, input_shape=input_shape) if isinstance(model, str) else model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
         path = weights or chosen.weights
+        if path is None:
+            raise InputRefused(
+                f"{name} ships without weights, and there is nothing to export without",
+                hint="name a safetensors file with --weights",
+            )
         module = chosen.module()
         digest = load_weights(module, path)
         _check_input(module, spec, name)

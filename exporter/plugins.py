@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any, Literal, TypeAlias, cast
 
 from exporter.contracts import Model, Plugin, Precision, Runtime
-from exporter.errors import UnknownName
+from exporter.errors import InputRefused, UnknownName
 from exporter.strict import read
 
 Axis: TypeAlias = Literal["models", "precisions", "runtimes"]
@@ -27,9 +27,24 @@ def names(axis: Axis) -> tuple[str, ...]:
     return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
 
 
-def load_model(name: str) -> Model:
-    """Return the model ``models/<name>.py``. Raises `UnknownName`."""
-    return cast("Model", _load("models", name, {}, where=name))
+def load_model(
+    name: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None
+) -> Model:
+    """Return the model ``models/<name>.py``, for as many input channels and classes where it can.
+
+    Raises `UnknownName`, and `InputRefused` where it cannot give so many classes.
+    """
+    fields = options_of("models", name)
+    options: dict[str, int] = {}
+    if input_shape and "channels" in fields:
+        options["channels"] = input_shape[0]
+    if classes is not None and "classes" in fields:
+        options["classes"] = classes
+    model = cast("Model", _load("models", name, options, where=name))
+    if classes is not None and model.output.shape != (classes,):
+        has = " × ".join(map(str, model.output.shape))
+        raise InputRefused(f"{name} has {has} outputs, and cannot have {classes}")
+    return model
 
 
 def load_precision(name: str, options: Options, *, where: str | None = None) -> Precision:

@@ -54,7 +54,19 @@ def digits(shape: tuple[int, ...], split: Split) -> Samples:
     return Samples(((large - MEAN) / STD).numpy(), bunch.target[chosen].astype(np.int64), origin)
 
 
-SPLITS = {"digits": digits}
+def rgb_digits(shape: tuple[int, ...], split: Split) -> Samples:
+    """Return one split of the digits as colour pictures, grey ones: ``shape`` = (3, H, W).
+
+    Raises `InputRefused` for another number of channels.
+    """
+    channels, *size = shape
+    if channels != 3:
+        raise InputRefused(f"colour pictures have 3 channels, and the input asks for {channels}")
+    grey = digits((1, *size), split)
+    return Samples(grey.inputs.repeat(3, axis=1), grey.labels, f"{grey.origin} in three channels")
+
+
+SPLITS = {"digits": digits, "rgb-digits": rgb_digits}
 
 
 def load_split(data: str, shape: tuple[int, ...], split: Split) -> Samples:

@@ -112,6 +112,10 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "parameters": cost.parameters,
         "weight_bytes": cost.weight_bytes,
         "activation_bytes": cost.activation_bytes,
+        "moved_bytes": cost.moved_bytes,
+        "intensity": cost.intensity,
+        "peak_bytes": cost.peak_bytes,
+        "peak_layer": cost.peak_layer,
     }
 
 

@@ -7,19 +7,23 @@ import signal
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from exporter.commands.networks import claims, compare, flops
+from exporter.commands.options import input_option
 from exporter.errors import ExportError, ProfileError
 from exporter.version import __version__
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from exporter.contracts import Advance, Progress
 
 EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, or could
@@ -69,23 +73,15 @@ class _Stopped:
         raise KeyboardInterrupt
 
 
-class Shape(click.ParamType[tuple[int, ...]]):
-    """``1x224x224``: channels, height, width."""
+class Terminal(NamedTuple):
+    """What a command in ``exporter/commands`` shows things with."""
 
-    name = "CxHxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        parts = str(value).lower().replace("×", "x").split("x")
-        if len(parts) != 3 or not all(re.fullmatch("[0-9]+", part) for part in parts):
-            self.fail(f"{value!r} is not a shape such as 1x224x224", param, ctx)
-        return tuple(map(int, parts))
+    bars: Callable[[], AbstractContextManager[Progress]]
+    show: Callable[[RenderableType, int], None]
 
 
 _profile_option = click.option(
     "--profile", default="default", show_default=True, help="A built-in profile, or a .toml file."
-)
-_input_option = click.option(
-    "--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224."
 )
 _allow_overlap = click.option(
     "--allow-overlap",
@@ -126,7 +122,7 @@ class Percentage(click.ParamType[float]):
     type=click.Path(path_type=Path),
     help="A safetensors file in place of the built-in weights.",
 )
-@_input_option
+@input_option
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -152,6 +148,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     unfolded PyTorch network in float64, and leaves a report beside them.
     """
     if ctx.invoked_subcommand:
+        ctx.obj = Terminal(_bars, _show)
         return
     from exporter.profile import load_profile
 
@@ -160,6 +157,10 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
         profile = profile.only(tuple(_split(asked["precision"])))
     report = _export(profile, asked)
     ctx.exit(1 if report.verdict in ("fail", "not enough evidence") else 0)
+
+
+for command in (claims, compare, flops):
+    main.add_command(command)
 
 
 @main.command()
@@ -284,7 +285,7 @@ def train(path: Path, model: str) -> None:
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
 @click.option("-w", "--weights", type=click.Path(path_type=Path), help="A safetensors file.")
-@_input_option
+@input_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
 @click.option(
     "--validation",
@@ -436,6 +437,13 @@ def _value(text: str) -> Any:
 
 def _split(values: tuple[str, ...]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def _show(what: RenderableType, width: int) -> None:
+    """Print what rich can print; so wide where there is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width, soft_wrap=True).print(what)
 
 
 @contextmanager

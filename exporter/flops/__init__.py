@@ -10,7 +10,7 @@ outputs, as the graph says; a runtime that fuses some, or computes in place, mov
 
 from __future__ import annotations
 
-from exporter.flops.graph import count_file, count_flops
+from exporter.flops.graph import count_flops, input_shape_of, read_file
 from exporter.flops.module import count_module
 
-__all__ = ["count_file", "count_flops", "count_module"]
+__all__ = ["count_flops", "count_module", "input_shape_of", "read_file"]

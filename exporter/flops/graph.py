@@ -68,8 +68,8 @@ _BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 _SMALL = 1024  # elements of a constant that may say what a shape is
 
 
-def count_file(path: Path, input_shape: Shape | None = None) -> Cost:
-    """Return what the graph in an ONNX file costs, as `count_flops`.
+def read_file(path: Path) -> onnx.ModelProto:
+    """Return what an ONNX file says, external data not read: sizes are known without.
 
     Raises `InputRefused` if it is not an ONNX file.
     """
@@ -79,12 +79,22 @@ def count_file(path: Path, input_shape: Shape | None = None) -> Cost:
     if not path.is_file():
         raise InputRefused(f"{path}: no such file")
     try:
-        model = onnx.load(path, load_external_data=False)  # sizes are known without
+        model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise InputRefused(f"{path.name}: truncated, damaged or not an ONNX model") from error
     if not model.graph.output:
         raise InputRefused(f"{path.name}: not an ONNX model with an input and an output")
-    return count_flops(model, input_shape)
+    return model
+
+
+def input_shape_of(model: onnx.ModelProto) -> Shape | None:
+    """Return the shape of the one input behind its batch axis, None where it is not that plain."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    if len(inputs) != 1:
+        return None
+    sizes = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:])
+    return sizes if all(sizes) else None
 
 
 def count_flops(model: onnx.ModelProto, input_shape: Shape | None = None) -> Cost:

@@ -55,8 +55,8 @@ MACS: dict[str, Formula] = {
 # fmt: off
 FREE = frozenset({
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
-    "add", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "cat", "clamp", "clone", "concat",
-    "contiguous", "div", "dropout", "flatten", "getitem", "hardsigmoid", "hardswish", "hardtanh",
+    "add", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "cat", "clamp", "clone",
+    "concat", "contiguous", "div", "dropout", "flatten", "getitem", "hardsigmoid", "hardswish", "hardtanh",
     "iadd", "imul", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "mean",
     "minimum", "mul", "neg", "pad", "permute", "prelu", "radd", "relu", "relu6", "reshape", "rmul",
     "rsub", "sigmoid", "silu", "softmax", "split", "stack", "sub", "sum", "tanh", "to", "transpose",
@@ -123,13 +123,10 @@ class _Calls:
                 self, func: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
                 read = list(_tensors((args, kwargs or {})))
-                versions = [tensor._version for tensor in read]
+                before = [_version(tensor) for tensor in read]
                 given = func(*args, **(kwargs or {}))
-                changed = [
-                    tensor
-                    for tensor, version in zip(read, versions, strict=True)
-                    if tensor._version != version
-                ]
+                pairs = zip(read, before, strict=True)
+                changed = [tensor for tensor, version in pairs if _version(tensor) != version]
                 calls.note(func.__name__, read, list(_tensors(given)), changed)
                 return given
 
@@ -202,6 +199,11 @@ def _layer(call: _Call, taken: Counter[str]) -> str:
 
 def _storage(tensor: torch.Tensor) -> int:
     return id(tensor.untyped_storage())
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to in place."""
+    return tensor._version  # noqa: SLF001 - documented, and there is no other way
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -23,6 +23,15 @@ from exporter.records.cost import Cost, Latency, LayerCost
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.made import Fate, File, OnnxModel
+from exporter.records.networks import (
+    Claim,
+    Claims,
+    Contender,
+    Contest,
+    Counted,
+    Gradients,
+    Standing,
+)
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
@@ -43,9 +52,14 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Ceilings",
+    "Claim",
+    "Claims",
     "Comparison",
+    "Contender",
+    "Contest",
     "Convergence",
     "Cost",
+    "Counted",
     "Curve",
     "Executed",
     "Execution",
@@ -56,6 +70,7 @@ __all__ = [
     "Flip",
     "FoldRecord",
     "Found",
+    "Gradients",
     "Kernel",
     "Latency",
     "LayerCost",
@@ -74,6 +89,7 @@ __all__ = [
     "Sensitivity",
     "Source",
     "Stage",
+    "Standing",
     "TensorSpec",
     "Timing",
     "Tolerance",

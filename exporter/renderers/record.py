@@ -26,7 +26,7 @@ def render(report: Report) -> str:
         entry |= _parity(parity)
     for variant, entry in zip(report.variants, table["variants"], strict=True):
         if variant.cost:
-            entry["cost"] |= _cost(variant.cost)
+            entry["cost"] |= cost_figures(variant.cost)
         for artefact, part in zip(variant.artefacts, entry["artefacts"], strict=True):
             part |= _artefact(artefact, part)
     for rung, entry in zip(report.rungs, table["rungs"], strict=True):
@@ -105,7 +105,8 @@ def _rung(rung: Rung, entry: dict[str, Any]) -> None:
         }
 
 
-def _cost(cost: Cost) -> dict[str, Any]:
+def cost_figures(cost: Cost) -> dict[str, Any]:
+    """Return what follows from a cost's layers."""
     return {
         "macs": cost.macs,
         "flops": cost.flops,

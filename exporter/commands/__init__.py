@@ -1,0 +1,1 @@
+"""Commands of ``resnet-export`` beside the export itself. ``exporter.cli`` registers them."""

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from exporter import environment
 from exporter.contracts import Model, Progress, Session, silent
-from exporter.errors import ExportError, UnknownName, with_hint
+from exporter.errors import ExportError, with_hint
 from exporter.flops import count_flops, count_module, read_file
 from exporter.fold import fold_batchnorm
 from exporter.latency import measure_latency
@@ -61,6 +61,8 @@ def compare_networks(
     With ``input_shape``, (C, H, W), and ``classes`` all have those; one that cannot is in the
     result with the reason. Raises `UnknownName`.
     """
+    for name in names:
+        load_model(name)  # a mistake costs no minute
     runtime = load_runtime(RUNTIME, {"threads": threads})
     found: dict[str, Contender] = {}
     with TemporaryDirectory() as folder, ExitStack() as sessions:
@@ -72,8 +74,6 @@ def compare_networks(
                     model = load_model(name, input_shape=input_shape, classes=classes)
                     found[name] = _export(name, model, input_shape, path)
                 session = sessions.enter_context(runtime.open(path))
-            except UnknownName:
-                raise
             except ExportError as error:
                 asked = input_shape or load_model(name).input.shape
                 found[name] = Contender(name, asked, (), "", refused=with_hint(error))

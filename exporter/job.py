@@ -264,5 +264,5 @@ def _check_input(module: nn.Module, spec: TensorSpec, name: str) -> None:
         with torch.inference_mode():
             deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputRefused(f"{name} cannot take an input of {shape}: {reason}") from error

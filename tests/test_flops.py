@@ -15,8 +15,8 @@ from onnx.numpy_helper import from_array
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from exporter.errors import GraphError
-from exporter.flops import count_flops
+from exporter.errors import GraphError, InputRefused
+from exporter.flops import count_flops, input_shape_of, read_file
 from exporter.precisions.fp16 import Fp16
 from exporter.records import BatchRange, Cost, LayerCost, TensorSpec
 from exporter.to_onnx import export_onnx
@@ -345,3 +345,206 @@ def test_torchs_own_counter_finds_as_many_in_a_residual_network(tiny_module, tin
     cost = count_flops(onnx.load(tiny_onnx.path))
     assert cost.flops == counter.get_total_flops()
     assert cost.uncounted == {}
+
+
+# ── What is read, moved and held ────────────────────────────────────────────────────
+
+
+def test_a_layer_reads_its_inputs_and_weights_and_writes_its_output():
+    layer = one("Conv", (1, 8, 8), (2, 6, 6), {"w": (2, 1, 3, 3), "b": (2,)})
+    read, written = 4 * (64 + 18 + 2), 4 * 72
+    assert (layer.read_bytes, layer.activation_bytes) == (read, written)
+    assert layer.moved_bytes == read + written
+    assert layer.intensity == pytest.approx(2 * 648 / (read + written))
+
+
+def test_a_tensor_that_a_layer_reads_twice_is_moved_once():
+    cost = count_flops(graph([make_node("Add", ["x", "x"], ["y"], "a")], ["N", 5], ["N", 5]))
+    assert (cost.layers[0].read_bytes, cost.peak_bytes) == (20, 40)
+
+
+def test_a_weight_that_two_layers_share_is_read_by_both():
+    nodes = [
+        make_node("MatMul", ["x", "w"], ["h"], "first"),
+        make_node("MatMul", ["h", "w"], ["y"], "second"),
+    ]
+    cost = count_flops(graph(nodes, ["N", 5], ["N", 5], {"w": (5, 5)}))
+    assert [layer.read_bytes for layer in cost.layers] == [120, 120]
+    assert [layer.weight_bytes for layer in cost.layers] == [100, 0]
+
+
+def test_the_peak_is_what_exists_at_once_and_no_sum():
+    """The shortcut x lives on beside the branch until they meet."""
+    nodes = [
+        make_node("Conv", ["x", "w"], ["a"], "wide"),  # x 100, a 400
+        make_node("Relu", ["a"], ["b"], "relu"),  # x 100, a 400, b 400
+        make_node("Conv", ["b", "v"], ["c"], "narrow"),  # x 100, b 400, c 100
+        make_node("Add", ["x", "c"], ["y"], "join"),  # x 100, c 100, y 100
+    ]
+    weights = {"w": (4, 1, 1, 1), "v": (1, 4, 1, 1)}
+    cost = count_flops(graph(nodes, ["N", 1, 5, 5], ["N", 1, 5, 5], weights))
+    assert [layer.alive_bytes for layer in cost.layers] == [500, 900, 600, 300]
+    assert (cost.peak_bytes, cost.peak_layer) == (900, "relu")
+    assert cost.activation_bytes == 400 + 400 + 100 + 100
+
+
+def test_an_early_output_of_the_network_is_held_to_its_end():
+    nodes = [
+        make_node("Relu", ["x"], ["y"], "first"),
+        make_node("Relu", ["y"], ["h"], "second"),
+        make_node("Sigmoid", ["h"], ["i"], "third"),
+        make_node("Tanh", ["i"], ["j"], "fourth"),
+    ]
+    cost = count_flops(graph(nodes, ["N", 5], ["N", 5]))
+    assert [layer.alive_bytes for layer in cost.layers] == [40, 40, 60, 60]
+
+
+def test_what_is_dequantised_is_read_and_held_as_it_is_stored():
+    weights = {
+        "s": np.array(0.1, np.float32),
+        "z": np.array(0, np.int8),
+        "w_q": np.ones((2, 1, 3, 3), np.int8),
+        "w_s": np.ones(2, np.float32),
+        "w_z": np.zeros(2, np.int8),
+    }
+    nodes = [
+        make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "d"),
+        make_node("DequantizeLinear", ["w_q", "w_s", "w_z"], ["w"], "w", axis=0),
+        make_node("Conv", ["d", "w"], ["y"], "conv"),
+    ]
+    cost = count_flops(graph(nodes, ["N", 1, 8, 8], ["N", 2, 6, 6], weights))
+    by_name = {layer.name: layer for layer in cost.layers}
+    conv = by_name["conv"]
+    assert conv.weight_bytes == 18 + 8 + 2
+    assert conv.parameters == 18
+    assert conv.read_bytes == 64 + 4 + 1 + 18 + 8 + 2
+    assert (by_name["d"].moved_bytes, by_name["w"].moved_bytes) == (0, 0)
+    assert by_name["q"].alive_bytes == 4 * 64 + 64
+    assert conv.alive_bytes == 64 + 4 * 72
+
+
+def test_two_weights_of_four_bits_are_one_byte():
+    weights = {
+        "w_q": onnx.helper.make_tensor("w_q", TensorProto.INT4, [5, 7], [1] * 35),
+        "s": from_array(np.array(0.1, np.float32), "s"),
+    }
+    nodes = [
+        make_node("DequantizeLinear", ["w_q", "s"], ["w"], "w"),
+        make_node("MatMul", ["x", "w"], ["y"], "fc"),
+    ]
+    model = graph(nodes, ["N", 5], ["N", 7])
+    model.opset_import[0].version = 21
+    model.graph.initializer.extend(weights.values())
+    cost = count_flops(model)
+    assert (cost.parameters, cost.weight_bytes) == (35, 18 + 4)
+
+
+def test_a_constant_that_is_a_node_is_a_weight():
+    nodes = [
+        make_node("Constant", [], ["w"], "w", value=from_array(np.ones((5, 7), np.float32))),
+        make_node("MatMul", ["x", "w"], ["y"], "fc"),
+    ]
+    cost = count_flops(graph(nodes, ["N", 5], ["N", 7]))
+    assert (cost.macs, cost.parameters, cost.weight_bytes) == (35, 35, 140)
+    assert cost.activation_bytes == 28
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "macs"),
+    [
+        ("ConvInteger", ["q", "w_q"], 648),
+        ("QLinearConv", ["q", "s", "z", "w_q", "s", "z", "s", "z"], 648),
+    ],
+)
+def test_convolutions_in_integers_count_as_those_in_floats(op, inputs, macs):
+    weights = {
+        "s": np.array(0.1, np.float32),
+        "z": np.array(0, np.int8),
+        "w_q": np.ones((2, 1, 3, 3), np.int8),
+    }
+    out = "c" if op == "ConvInteger" else "y_q"
+    nodes = [
+        make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        make_node(op, inputs, [out], "conv"),
+        make_node("Cast", ["c"], ["y"], "cast", to=TensorProto.FLOAT)
+        if op == "ConvInteger"
+        else make_node("DequantizeLinear", ["y_q", "s", "z"], ["y"], "dq"),
+    ]
+    cost = count_flops(graph(nodes, ["N", 1, 8, 8], ["N", 2, 6, 6], weights))
+    assert cost.macs == macs
+    assert cost.uncounted == {}
+
+
+def test_products_in_integers_count_as_those_in_floats():
+    weights = {
+        "s": np.array(0.1, np.float32),
+        "z": np.array(0, np.int8),
+        "w_q": np.ones((5, 7), np.int8),
+    }
+    nodes = [
+        make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        make_node("QLinearMatMul", ["q", "s", "z", "w_q", "s", "z", "s", "z"], ["p"], "fc"),
+        make_node("DequantizeLinear", ["p", "s", "z"], ["y"], "dq"),
+    ]
+    assert count_flops(graph(nodes, ["N", 5], ["N", 7], weights)).macs == 35
+
+
+# ── A shape that the graph leaves open ──────────────────────────────────────────────
+
+
+def test_an_open_height_and_width_are_those_that_are_asked_for():
+    model = graph(CONV, ["N", 1, "H", "W"], ["N", 2, "H2", "W2"], W)
+    assert count_flops(model, (1, 8, 8)).macs == 648
+    assert count_flops(model, (1, 10, 8)).macs == 2 * 8 * 6 * 9
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 9), (3, 8, 8), (1, 8), (1, 8, 8, 8), (1, 0, 8)])
+def test_a_shape_that_the_graph_does_not_take_is_refused(shape):
+    with refused(InputRefused, "N×1×8×8", "×".join(map(str, shape))):
+        count_flops(graph(CONV, ["N", 1, 8, 8], ["N", 2, 6, 6], W), shape)
+
+
+def test_a_graph_of_two_inputs_has_no_one_shape():
+    model = graph([make_node("Add", ["x", "z"], ["y"], "a")], ["N", 5], ["N", 5])
+    model.graph.input.append(make_tensor_value_info("z", TensorProto.FLOAT, ["N", 5]))
+    with refused(InputRefused, "2 inputs", "x, z"):
+        count_flops(model, (5,))
+
+
+def test_the_shape_of_a_file_is_read_where_it_is_fixed(tmp_path):
+    onnx.save(graph(CONV, ["N", 1, 8, 8], ["N", 2, 6, 6], W), tmp_path / "fixed.onnx")
+    onnx.save(graph(CONV, ["N", 1, "H", 8], ["N", 2, "H2", 6], W), tmp_path / "open.onnx")
+    assert input_shape_of(read_file(tmp_path / "fixed.onnx")) == (1, 8, 8)
+    assert input_shape_of(read_file(tmp_path / "open.onnx")) is None
+
+
+def test_weights_that_lie_outside_of_the_file_are_counted_and_not_read(tmp_path):
+    model = graph(CONV, ["N", 1, 8, 8], ["N", 2, 6, 6], W)
+    onnx.save(
+        model,
+        tmp_path / "net.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+    )
+    (tmp_path / "w.bin").unlink()
+    assert count_flops(read_file(tmp_path / "net.onnx")).weight_bytes == 72
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no such file"), (b"", "input and an output"), (b"x", "damaged")]
+)
+def test_what_is_no_onnx_file_is_refused(content, words, tmp_path):
+    path = tmp_path / "net.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with refused(InputRefused, "net.onnx", words):
+        read_file(path)
+
+
+def test_a_record_of_before_the_peak_was_counted_has_none():
+    layer = LayerCost("a", "Conv", (1,), 3, 1, 4, 4)
+    cost = Cost((layer,), {})
+    assert (layer.moved_bytes, layer.intensity) == (None, None)
+    assert (cost.moved_bytes, cost.intensity, cost.peak_bytes, cost.peak_layer) == (None,) * 4

@@ -182,7 +182,6 @@ def _exchanged(
 
 def _nothing() -> nn.Module:
     """Return a shortcut that carries nothing."""
-    import torch
     from torch import nn
 
     class Nothing(nn.Module):

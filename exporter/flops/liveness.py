@@ -30,6 +30,8 @@ def alive_bytes(
     wanted: Iterable[T],
 ) -> tuple[int, ...]:
     """Return the bytes alive at each step, in their order; a name without a size has none."""
+    if not steps:
+        return ()
     first: dict[Hashable, int] = dict.fromkeys(given, 0)
     last = dict(first)
     for at, step in enumerate(steps):

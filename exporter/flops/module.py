@@ -31,16 +31,17 @@ def _convolution(read: list[torch.Tensor], output: torch.Tensor) -> int:
     return formulas.convolution(tuple(output.shape), tuple(read[1].shape))
 
 
-def _transposed(read: list[torch.Tensor], output: torch.Tensor) -> int:
+def _transposed(read: list[torch.Tensor], _: torch.Tensor) -> int:
     return formulas.transposed_convolution(tuple(read[0].shape), tuple(read[1].shape))
 
 
 def _product(read: list[torch.Tensor], output: torch.Tensor) -> int:
-    """Return the MACs of x·y, or of x·Wᵀ + b; or of b + x·y, whose bias comes first."""
+    """Return the MACs of x·y, or of x·Wᵀ + b."""
     return formulas.product(tuple(output.shape), read[0].shape[-1])
 
 
 def _biased_product(read: list[torch.Tensor], output: torch.Tensor) -> int:
+    """Return the MACs of b + x·y."""
     return formulas.product(tuple(output.shape), read[1].shape[-1])
 
 
@@ -54,13 +55,16 @@ MACS: dict[str, Formula] = {
 # Moves, comparisons, or at most a few operations per element.
 # fmt: off
 FREE = frozenset({
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
-    "add", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "cat", "clamp", "clone",
-    "concat", "contiguous", "div", "dropout", "flatten", "getitem", "hardsigmoid", "hardswish", "hardtanh",
-    "iadd", "imul", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "mean",
-    "minimum", "mul", "neg", "pad", "permute", "prelu", "radd", "relu", "relu6", "reshape", "rmul",
-    "rsub", "sigmoid", "silu", "softmax", "split", "stack", "sub", "sum", "tanh", "to", "transpose",
-    "truediv", "zeros",
+    "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool2d", "add", "amax", "amin", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "batch_norm", "cat", "channel_shuffle", "clamp", "clone", "concat", "contiguous", "div",
+    "dropout", "elu", "empty", "eq", "flatten", "full", "getitem", "group_norm", "gt",
+    "hardsigmoid", "hardswish", "hardtanh", "iadd", "imul", "instance_norm", "interpolate",
+    "layer_norm", "leaky_relu", "log_softmax", "lt", "max_pool1d", "max_pool2d", "max_pool3d",
+    "maximum", "mean", "minimum", "mul", "neg", "ones", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "prelu", "radd", "relu", "relu6", "repeat", "reshape", "rmul", "rsub",
+    "sigmoid", "silu", "softmax", "split", "stack", "sub", "sum", "tanh", "to", "transpose",
+    "truediv", "where", "zeros",
 })
 # fmt: on
 
@@ -86,7 +90,7 @@ def count_module(module: nn.Module, input_shape: tuple[int, ...], *, name: str =
             result = module(given)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         shape = " × ".join(map(str, input_shape))
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputRefused(f"{name} cannot take an input of {shape}: {reason}") from error
     finally:
         for part in training:

@@ -289,13 +289,15 @@ def _cost(report: Report) -> list[str]:
             f"{cost.parameters:,}",
             f"{cost.weight_bytes:,}",
             f"{cost.activation_bytes:,}",
+            "" if cost.peak_bytes is None else f"{cost.peak_bytes:,} at {cost.peak_layer}",
+            "" if cost.intensity is None else f"{cost.intensity:.1f}",
             ", ".join(f"{n} × {op}" for op, n in cost.uncounted.items()) or "none",
         )
         for precision, cost in costs.items()
     ]
     heads = (
         *("graph", "MACs", "FLOPs", "parameters", "weight bytes", "activation bytes"),
-        "not counted",
+        *("peak bytes", "FLOPs/byte", "not counted"),
     )
     precision, first = next(iter(costs.items()))
     return [
@@ -303,7 +305,9 @@ def _cost(report: Report) -> list[str]:
         "",
         "Counted on the deployed graphs, after folding; a multiply-accumulate (MAC) is two FLOPs. "
         "Activation bytes are what the nodes write, summed; DequantizeLinear is taken to be read "
-        "where it stands, and writes none.",
+        "where it stands, and writes none. Peak bytes are of the activations that exist at once, "
+        "a node's inputs and outputs both; FLOPs/byte counts each byte that a node reads, weights "
+        "included, or writes.",
         "",
         *_table(heads, totals),
         "",

@@ -146,8 +146,16 @@ NOT_RUN = Artefact(
 REFUSED = Artefact("int8", "tensorrt", None, refused="TensorRT refused n.int8.onnx: no kernel")
 COST = Cost(
     (
-        LayerCost("block1.0", "Conv", (1, 64, 75, 75), 17640000, 3200, 12800, 1440000),
-        LayerCost("block1.1/Relu", "Relu", (1, 64, 75, 75), 0, 0, 0, 1440000),
+        LayerCost(
+            *("block1.0", "Conv", (1, 64, 75, 75), 17640000, 3200, 12800, 1440000),
+            read_bytes=213504,
+            alive_bytes=1640704,
+        ),
+        LayerCost(
+            *("block1.1/Relu", "Relu", (1, 64, 75, 75), 0, 0, 0, 1440000),
+            read_bytes=1440000,
+            alive_bytes=2880000,
+        ),
     ),
     {"Erf": 2},
 )
@@ -188,7 +196,7 @@ def odd_report(name: str) -> Report:
     failed = msgspec.structs.replace(FAILED, notes=(name,))
     not_run = msgspec.structs.replace(NOT_RUN, not_run=name)
     refused = msgspec.structs.replace(REFUSED, refused=name)
-    cost = Cost((LayerCost(name, name, (1,), 1, 1, 4, 4),), {name: 1})
+    cost = Cost((LayerCost(name, name, (1,), 1, 1, 4, 4, 8, 8),), {name: 1})
     return report(
         source=Source(
             "net", "12" * 32, name, 1, TensorSpec(name, (1,)), TensorSpec(name, (1,)), 20
@@ -295,6 +303,9 @@ def test_the_json_has_every_figure_that_follows_from_the_record():
     cost = table["variants"][0]["cost"]
     assert (cost["macs"], cost["flops"], cost["parameters"]) == (17640000, 35280000, 3200)
     assert (cost["weight_bytes"], cost["activation_bytes"]) == (12800, 2880000)
+    assert (cost["peak_bytes"], cost["peak_layer"]) == (2880000, "block1.1/Relu")
+    assert cost["moved_bytes"] == 213504 + 3 * 1440000
+    assert cost["intensity"] == pytest.approx(35280000 / 4533504)
     assert cost["uncounted"] == {"Erf": 2}
     latency = table["latency"][0]
     assert (latency["p50_ms"], latency["p90_ms"], latency["p99_ms"]) == (7.0, 8.0, 8.0)
@@ -561,7 +572,10 @@ def test_the_ladder_says_what_each_step_adds():
 def test_the_costs_are_totalled_and_what_was_not_counted_is_named():
     found = tables(report(PASSED))
     assert found["graph"] == [
-        ["fp32", "17,640,000", "35,280,000", "3,200", "12,800", "2,880,000", "2 × Erf"]
+        [
+            *("fp32", "17,640,000", "35,280,000", "3,200", "12,800", "2,880,000"),
+            *("2,880,000 at block1.1/Relu", "7.8", "2 × Erf"),
+        ]
     ]
     assert found["layer"] == [
         ["block1.0", "Conv", "1×64×75×75", "17,640,000", "3,200", "12,800", "1,440,000"],
@@ -591,9 +605,10 @@ def test_a_table_shows_any_name_as_it_is(name):
     found = tables(odd_report(name))
     assert found["layer"][0][:2] == [name, name]
     assert found["graph"][0][-1] == f"1 × {name}"
+    assert found["graph"][0][-3] == f"8 at {name}"
     rows = {row[0]: row for row in found["artefact"]}
     assert rows["fp16 on tensorrt-rtx"][2] == f"not checked: built, not run: {name}"
-    heads = {"artefact": 9, "step": 10, "compared with float64 PyTorch": 15, "graph": 7, "layer": 7}
+    heads = {"artefact": 9, "step": 10, "compared with float64 PyTorch": 15, "graph": 9, "layer": 7}
     for head, columns in heads.items():
         assert {len(row) for row in found[head]} == {columns}
 

@@ -9,7 +9,7 @@
 
 Or stage by stage, each a function: `fold_batchnorm`, `export_onnx`, `calibrate`, a precision's
 ``convert``, a runtime's ``build`` and ``open``, `collect_outputs`, `compare_outputs`,
-`measure_latency`, `count_flops`.
+`measure_latency`, `count_flops`. And beside it: `compare_networks`, `check_claims`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from exporter.version import __version__
 
 if TYPE_CHECKING:
     from exporter.calibration import calibrate
+    from exporter.claims import check_claims
+    from exporter.compare import compare_networks
     from exporter.errors import ExportError, ParityError
-    from exporter.flops import count_flops
+    from exporter.flops import count_flops, count_module
     from exporter.fold import fold_batchnorm
     from exporter.latency import measure_latency
     from exporter.parity import collect_outputs, compare_outputs
@@ -61,9 +63,12 @@ _HOME = {
     "TorchSession": "reference",
     "calibrate": "calibration",
     "check_bundle": "recheck",
+    "check_claims": "claims",
     "collect_outputs": "parity",
+    "compare_networks": "compare",
     "compare_outputs": "parity",
     "count_flops": "flops",
+    "count_module": "flops",
     "export_onnx": "to_onnx",
     "fold_batchnorm": "fold",
     "load_model": "plugins",
@@ -92,9 +97,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "check_bundle",
+    "check_claims",
     "collect_outputs",
+    "compare_networks",
     "compare_outputs",
     "count_flops",
+    "count_module",
     "export_onnx",
     "fold_batchnorm",
     "load_model",

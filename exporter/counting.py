@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from exporter import plugins
 from exporter.contracts import Progress, silent
-from exporter.errors import InputRefused, UnknownName
+from exporter.errors import GraphError, InputRefused, UnknownName
 from exporter.flops import count_flops, input_shape_of, read_file
 from exporter.records import Counted
 
@@ -47,10 +47,18 @@ def count_all(
         if classes is not None:
             raise InputRefused(f"{path.name}: an ONNX file's classes cannot be chosen")
         with progress(f"count {path.name}", None):
-            graph = read_file(path)
-            shape = input_shape or input_shape_of(graph)
-            found.append(Counted(path.name, shape, count_flops(graph, input_shape)))
+            found.append(_file(path, input_shape))
     return tuple(found)
+
+
+def _file(path: Path, input_shape: tuple[int, ...] | None) -> Counted:
+    graph = read_file(path)
+    shape = input_shape or input_shape_of(graph)
+    try:
+        return Counted(path.name, shape, count_flops(graph, input_shape))
+    except (GraphError, InputRefused) as error:
+        hint = None if shape else "give the shape of its input, say --input 3x224x224"
+        raise type(error)(f"{path.name}: {error}", hint=hint) from error
 
 
 def _files_in(folder: Path) -> str:

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from exporter.claims import check_claims, costs, gradients, layers
 from exporter.claims.summary import summarise
 from exporter.claims.verdicts import of_parts, rounds_to
+from exporter.cli import main
 from exporter.models.resnet18 import ResNet18
 from exporter.records import Claim, Claims, Gradients
 from exporter.renderers import claims as renderer
@@ -291,6 +293,15 @@ def test_gradients_vanish_in_vgg19_as_pytorch_initialises_and_in_no_resnet18(fou
     assert left[gradients.PLAIN] < 1e-5
     assert left[gradients.RESIDUAL] > 1e-1
     assert left[gradients.NEITHER] < 1e-5 < 1e-3 < left[gradients.NO_BATCHNORM]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_command_prints_them(found, options, monkeypatch):
+    monkeypatch.setattr("exporter.claims.check_claims", lambda **_: found)
+    done = CliRunner().invoke(main, ["claims", *options])
+    assert done.exit_code == 0
+    expected = renderer.render_json(found) if options else renderer.render(found)
+    assert done.stdout == expected
 
 
 def test_every_claim_is_in_the_text_and_every_figure_in_the_json(found):

@@ -136,12 +136,17 @@ def test_an_input_that_does_not_fit_is_refused(tiny_onnx):
         count_all([str(tiny_onnx.path)], classes=10)
 
 
-def test_a_file_whose_shapes_are_open_is_refused(tmp_path, tiny_onnx):
+def test_a_file_whose_shapes_are_open_is_refused_without_one_and_counted_with_it(
+    tmp_path, tiny_onnx
+):
     model = onnx.load(tiny_onnx.path)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     onnx.save(model, tmp_path / "open.onnx")
-    with refused(GraphError, "infer the shapes"):
-        count_all([str(tmp_path / "open.onnx")])
+    path = str(tmp_path / "open.onnx")
+    with refused(GraphError, "open.onnx", "infer the shapes", hint=("--input",)):
+        count_all([path])
+    (one,) = count_all([path], input_shape=(1, 32, 32))
+    assert one.cost == count_all([str(tiny_onnx.path)])[0].cost
 
 
 def test_layers_that_do_nothing_have_no_row():

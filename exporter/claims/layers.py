@@ -110,7 +110,7 @@ def _sum() -> Claim:
         f"{_CHANNELS} + {_CHANNELS} channels give {shape[1]}; {_CHANNELS} + {2 * _CHANNELS} are "
         f"{said[more]}, {_CHANNELS} + 1 are {said[one]}{' (repeated in silence)' if one else ''}",
         of_parts([shape == tuple(x.shape), not more, not one]),
-        {"channels": shape[1], "takes twice as many": more, "takes one": one},
+        {"channels": shape[1], "takes twice as many": int(more), "takes one": int(one)},
     )
 
 

@@ -1,4 +1,4 @@
-"""``resnet-export``: the only module that prints, and the only one that exits."""
+"""``resnet-export``: only it and its commands print, and only they exit."""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""Commands of ``resnet-export`` beside the export itself. ``exporter.cli`` registers them."""
+"""Commands that are more than a call: each a file, registered in ``exporter/cli.py``.
+
+That hands them what shows things, as ``ctx.obj``: ``bars()``, a context that gives a `Progress`,
+and ``show(what, width)``.
+"""

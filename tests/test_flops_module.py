@@ -82,6 +82,18 @@ def test_what_is_computed_in_place_is_moved_and_not_held_twice():
     assert [layer.alive_bytes for layer in cost.layers] == [80, 40, 80]
 
 
+def test_what_is_written_into_a_part_of_a_tensor_is_free_and_held_once():
+    def shifted(x):
+        y = torch.zeros(1, 2, 5)
+        y[:, 1:] = x[:, :1]
+        return y + 1
+
+    cost = count_module(Written(shifted), (2, 5))
+    assert cost.uncounted == {}
+    assert ops(cost) == ["zeros", "setitem", "add"]
+    assert [layer.alive_bytes for layer in cost.layers] == [80, 80, 80]
+
+
 def test_a_dropout_that_is_off_is_nothing():
     assert count_module(nn.Sequential(nn.Dropout()), (3,)).layers == ()
 

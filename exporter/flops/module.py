@@ -57,14 +57,15 @@ MACS: dict[str, Formula] = {
 FREE = frozenset({
     "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "adaptive_max_pool2d", "add", "amax", "amin", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "batch_norm", "cat", "channel_shuffle", "clamp", "clone", "concat", "contiguous", "div",
-    "dropout", "elu", "empty", "eq", "flatten", "full", "getitem", "group_norm", "gt",
-    "hardsigmoid", "hardswish", "hardtanh", "iadd", "imul", "instance_norm", "interpolate",
-    "layer_norm", "leaky_relu", "log_softmax", "lt", "max_pool1d", "max_pool2d", "max_pool3d",
-    "maximum", "mean", "minimum", "mul", "neg", "ones", "pad", "permute", "pixel_shuffle",
-    "pixel_unshuffle", "prelu", "radd", "relu", "relu6", "repeat", "reshape", "rmul", "rsub",
-    "sigmoid", "silu", "softmax", "split", "stack", "sub", "sum", "tanh", "to", "transpose",
-    "truediv", "where", "zeros",
+    "batch_norm", "cat", "channel_shuffle", "clamp", "clone", "concat", "contiguous", "copy",
+    "div", "dropout", "elu", "empty", "eq", "fill", "flatten", "full", "getitem", "group_norm",
+    "gt", "hardsigmoid", "hardswish", "hardtanh", "iadd", "imul", "instance_norm",
+    "interpolate", "isub", "itruediv", "layer_norm", "leaky_relu", "log_softmax", "lt",
+    "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "mean", "minimum", "mul", "neg",
+    "ones", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "prelu", "radd", "relu",
+    "relu6", "repeat", "reshape", "rmul", "rsub", "rtruediv", "setitem", "sigmoid", "silu",
+    "softmax", "split", "stack", "sub", "sum", "tanh", "to", "transpose", "truediv", "where",
+    "zero", "zeros",
 })
 # fmt: on
 

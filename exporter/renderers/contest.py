@@ -45,9 +45,9 @@ def render(contest: Contest, drawn: Path) -> str:
     if measured:
         runs, threads = _runs(measured)
         lines.append(
-            f"One sample, folded and exported to ONNX; {runs} runs each, in turn, on "
-            f"{contest.runtime} with {threads} threads, {contest.environment['cpu']}; one MAC is "
-            "two FLOPs; peak memory is of activations alone."
+            f"One sample, BatchNorm folded away and exported to ONNX; {runs} runs each, in turn, "
+            f"on {contest.runtime} with {threads} threads, {contest.environment['cpu']}; one MAC "
+            "is two FLOPs; peak memory is of activations alone."
         )
     lines.append(str(drawn))
     table = text.table(HEADS, [_row(one.cost, one.latency, one) for one in contest.networks])

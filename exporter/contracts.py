@@ -188,7 +188,21 @@ class Session(Protocol):
         """Return the outputs for one batch."""
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
-        """Put the batch where the model reads it; calling the result runs once, and waits."""
+        """Put the batch where the model reads it; calling the result runs once, and waits.
+
+        What comes back is a `Bound` where a run's outputs can be had afterwards.
+        """
+
+
+@runtime_checkable
+class Bound(Protocol):
+    """A batch in place, that can tell what the last run of it computed."""
+
+    def __call__(self) -> Any:
+        """Run once, and wait."""
+
+    def outputs(self) -> Outputs:
+        """Return what the last run computed, as `Session` does."""
 
 
 class Progress(Protocol):
@@ -210,6 +224,7 @@ def silent(what: str, total: int | None = None) -> Iterator[Advance]:  # noqa: A
 __all__ = [
     "Action",
     "Advance",
+    "Bound",
     "Converted",
     "Model",
     "Plugin",

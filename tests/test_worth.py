@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_renderers import FAILED, NOT_RUN, PASSED, UNSHOWN, report
 
-from exporter.evidence import FEWEST_PAIRS, ratio_interval
+from exporter.intervals import FEWEST_PAIRS, ratio_interval
 from exporter.records import Executed, Execution, Latency
 from exporter.renderers import markdown, record, terminal
 

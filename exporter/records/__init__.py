@@ -19,9 +19,10 @@ from exporter.records.asked import (
 )
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
 from exporter.records.calibration import Convergence, Curve
-from exporter.records.cost import Cost, Latency, LayerCost
+from exporter.records.cost import Cost, LayerCost
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
+from exporter.records.latency import Figure, Latency
 from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
@@ -52,6 +53,7 @@ __all__ = [
     "Fate",
     "Feed",
     "Fidelity",
+    "Figure",
     "File",
     "Flip",
     "FoldRecord",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from exporter.evidence import FEWEST_PAIRS, ratio_interval
+from exporter.intervals import FEWEST_PAIRS, ratio_interval
 from exporter.records.base import Verdict
-from exporter.records.cost import Latency
+from exporter.records.latency import Latency
 
 Speed = Literal["faster", "slower", "no significant difference", "too few samples"]
 

@@ -171,10 +171,12 @@ class _EngineSession:
     threads: int = 1  # of the CPU: the one that launches
 
     def __call__(self, feed: Feed) -> Outputs:
+        self.bind(feed)()
+        return self.outputs()
+
+    def outputs(self) -> Outputs:
         import numpy as np
 
-        step = self.bind(feed)
-        step()
         outputs = {}
         for name, (address, shape, dtype) in self._outputs().items():
             outputs[name] = np.empty(shape, dtype)
@@ -199,14 +201,7 @@ class _EngineSession:
         for name, (address, _, _) in self._outputs().items():
             self.context.set_tensor_address(name, address)
         _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
-        handle = int(self.stream)
-
-        def step() -> None:
-            if not self.context.execute_async_v3(handle):
-                raise BuildError("the engine could not be executed")
-            _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
-
-        return step
+        return _Bound(self, int(self.stream))
 
     def _outputs(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
         """Return each output's address, shape and type, for the input shapes that are set."""
@@ -225,6 +220,20 @@ class _EngineSession:
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         direction = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
         _cuda.call(self.cuda.cudaMemcpyAsync, target, source, size, direction, self.stream)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    session: _EngineSession
+    handle: int
+
+    def __call__(self) -> None:
+        if not self.session.context.execute_async_v3(self.handle):
+            raise BuildError("the engine could not be executed")
+        _cuda.call(self.session.cuda.cudaStreamSynchronize, self.session.stream)
+
+    def outputs(self) -> Outputs:
+        return self.session.outputs()
 
 
 # ── The library's log ───────────────────────────────────────────────────────────────

@@ -170,7 +170,7 @@ class Search:
         timing = self._timing(sessions)
         size = timing.batches[0]
         others = environment.OtherLoad()
-        found = measure_latency(sessions, {size: job.feed(size)}, timing, progress=job.stage)
+        found = measure_latency(sessions, {size: job.timed_feeds(size)}, timing, progress=job.stage)
         by_name = {latency.name: latency for latency in found}
         self.candidates = [
             msgspec.structs.replace(candidate, latency=by_name.get(candidate.name))
@@ -193,7 +193,7 @@ class Search:
             step()
             seconds = perf_counter() - start
             turn += seconds + max(seconds, timing.settle_ms / 1e3)
-        runs = int(_TIMING * 60 * self.minutes / turn) - timing.warmup
+        runs = int(_TIMING * 60 * self.minutes / turn) - 2 * timing.warmup
         runs = min(timing.runs, max(runs, _FEWEST_RUNS))
         return msgspec.structs.replace(timing, batches=timing.batches[:1], runs=runs)
 

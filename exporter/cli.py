@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.commands.bench import bench
 from exporter.errors import ExportError, ProfileError
 from exporter.version import __version__
 
@@ -152,6 +153,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     unfolded PyTorch network in float64, and leaves a report beside them.
     """
     if ctx.invoked_subcommand:
+        ctx.obj = _bars
         return
     from exporter.profile import load_profile
 
@@ -160,6 +162,9 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
         profile = profile.only(tuple(_split(asked["precision"])))
     report = _export(profile, asked)
     ctx.exit(1 if report.verdict in ("fail", "not enough evidence") else 0)
+
+
+main.add_command(bench)
 
 
 @main.command()

@@ -43,6 +43,31 @@ def memory_bytes() -> int | None:
         return None
 
 
+def usable_cores() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not every system has it
+        return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Return the load average of the last minute, or None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def involuntary_switches() -> int | None:
+    """Return how often this process was put aside for another, None if the system is silent."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 class OtherLoad:
     """How busy other processes keep the machine meanwhile; Linux tells, elsewhere it is None."""
 

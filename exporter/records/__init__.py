@@ -18,6 +18,16 @@ from exporter.records.asked import (
     check_threads,
 )
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
+from exporter.records.bench import (
+    BenchAsked,
+    BenchReport,
+    Checked,
+    Fit,
+    Knee,
+    Noise,
+    NotTimed,
+    Timed,
+)
 from exporter.records.calibration import Convergence, Curve
 from exporter.records.cost import Cost, LayerCost
 from exporter.records.execution import Executed, Execution
@@ -40,10 +50,13 @@ __all__ = [
     "Asked",
     "Bandwidth",
     "BatchRange",
+    "BenchAsked",
+    "BenchReport",
     "Budget",
     "Calibration",
     "Candidate",
     "Ceilings",
+    "Checked",
     "Comparison",
     "Convergence",
     "Cost",
@@ -55,13 +68,17 @@ __all__ = [
     "Fidelity",
     "Figure",
     "File",
+    "Fit",
     "Flip",
     "FoldRecord",
     "Found",
     "Kernel",
+    "Knee",
     "Latency",
     "LayerCost",
     "LayerError",
+    "Noise",
+    "NotTimed",
     "Objective",
     "OnnxModel",
     "Outputs",
@@ -77,6 +94,7 @@ __all__ = [
     "Source",
     "Stage",
     "TensorSpec",
+    "Timed",
     "Timing",
     "Tolerance",
     "TuneReport",

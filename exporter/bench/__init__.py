@@ -1,0 +1,219 @@
+"""How fast is what a bundle holds, on this machine? ``resnet-export bench``.
+
+Every file of every bundle in every runtime that can run it here, all timed in turn
+(`exporter.latency`), and whether that was real: the inputs are held-out samples that change from
+round to round; outputs of timed runs are compared with those of the same session called untimed;
+and each artefact must label as many samples correctly as the bundle's record says it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import msgspec
+
+from exporter import environment
+from exporter.bench.candidates import (
+    Candidate,
+    Found,
+    check_memory,
+    find_candidates,
+    read_bundles,
+)
+from exporter.bench.real import Watch, check_accuracy, untimed
+from exporter.contracts import Model, Progress, Session, silent
+from exporter.errors import BuildError, ProfileError, with_hint
+from exporter.latency import Entrant, time_in_turn
+from exporter.plugins import options_of
+from exporter.records import (
+    SCHEMA,
+    Array,
+    BenchAsked,
+    BenchReport,
+    Checked,
+    Feed,
+    Latency,
+    Noise,
+    NotTimed,
+    Timed,
+    Timing,
+)
+from exporter.samples import varied
+from exporter.version import TOOL
+
+_RUNS = 100
+
+
+def bench_bundles(
+    folders: Sequence[Path],
+    asked: BenchAsked = BenchAsked(),  # noqa: B008 - frozen
+    *,
+    models: Sequence[Model | None] | None = None,
+    progress: Progress = silent,
+) -> BenchReport:
+    """Time all that the bundles hold, in turn, and return the record of it. Nothing is written.
+
+    ``models`` are what the bundles were exported from, where they were not the built-in ones.
+
+    Raises `InputRefused` for a folder that is no bundle, a file that is gone or altered, or a batch
+    that a model does not take; `UnknownName` for an unknown runtime; `RuntimeMissing` for one that
+    cannot run here; `ProfileError` for threads where no runtime has any.
+    """
+    bundles = read_bundles(folders, models or [None] * len(folders))
+    asked = msgspec.structs.replace(
+        asked, batches=asked.batches or bundles[0].profile.timing.batches
+    )
+    check_memory(bundles, asked.batches)
+    timing = Timing(batches=asked.batches, runs=asked.runs or _RUNS, seed=asked.seed)
+    with TemporaryDirectory() as scratch, ExitStack() as sessions:
+        found = find_candidates(bundles, asked, Path(scratch))
+        doubts = tuple(_doubts_of_threads(asked, found))
+        bench = _Bench(asked, timing, found, sessions, progress)
+        bench.open()
+        latency, noise, others = bench.time()
+    return BenchReport(
+        schema=SCHEMA,
+        tool=TOOL,
+        environment=environment.capture(),
+        asked=asked,
+        timing=timing,
+        samples=tuple(dict.fromkeys(bundle.held_out.origin for bundle in bundles)),
+        timed=tuple(bench.timed.values()),
+        not_timed=tuple(found.not_timed),
+        latency=latency,
+        noise=noise,
+        doubts=(*doubts, *others, *noise.doubts, *(why for one in latency for why in one.doubts)),
+    )
+
+
+def _doubts_of_threads(asked: BenchAsked, found: Found) -> Iterator[str]:
+    """Yield where thread counts mean nothing, or more than there is. Raises `ProfileError`."""
+    if not asked.threads:
+        return
+    names = dict.fromkeys(candidate.runtime_name for candidate in found.candidates)
+    without = [name for name in names if "threads" not in options_of("runtimes", name)]
+    if len(without) == len(names):
+        raise ProfileError(f"the runtime {without[0]!r} has no threads to set")
+    if without:
+        yield f"the thread counts mean nothing to {', '.join(without)}"
+    cores = environment.usable_cores()
+    if max(asked.threads) > cores:
+        yield f"{max(asked.threads)} threads share {cores} processors"
+
+
+@dataclass(slots=True)
+class _Bench:
+    """The open sessions, and what is known of each."""
+
+    asked: BenchAsked
+    timing: Timing
+    found: Found
+    sessions: ExitStack
+    progress: Progress
+    timed: dict[str, Timed] = field(default_factory=dict)
+    opened: dict[str, tuple[Candidate, Session]] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Open every candidate, and hold it against the bundle's record.
+
+        Raises the first `BuildError` if none can be opened.
+        """
+        refused: list[BuildError] = []
+        what = f"load {len(self.found.candidates)} candidates, and hold them against the record"
+        with self.progress(what, len(self.found.candidates)) as advance:
+            for candidate in self.found.candidates:
+                try:
+                    self._open(candidate)
+                except BuildError as error:
+                    refused.append(error)
+                    self.found.not_timed.append(NotTimed(candidate.name, with_hint(error)))
+                advance()
+        if not self.timed:
+            raise refused[0]
+
+    def _open(self, candidate: Candidate) -> None:
+        start = perf_counter()
+        session = self.sessions.enter_context(candidate.runtime.open(candidate.path))
+        loaded = perf_counter()
+        step = session.bind(self._feeds(candidate, self.timing.batches[0])[0])
+        begun = perf_counter()
+        step()
+        first = perf_counter() - begun
+        self.timed[candidate.name] = Timed(
+            name=candidate.name,
+            bundle=candidate.bundle.label,
+            precision=candidate.precision,
+            runtime=candidate.runtime_name,
+            threads=session.threads,
+            file=candidate.file.name,
+            sha256=candidate.file.sha256,
+            load_ms=1e3 * (loaded - start),
+            first_ms=1e3 * first,
+            checked=check_accuracy(candidate, session),
+            notes=candidate.runtime.describe(candidate.path),
+        )
+        self.opened[candidate.name] = candidate, session
+
+    def time(self) -> tuple[tuple[Latency, ...], Noise, tuple[str, ...]]:
+        """Return all latencies, how noisy the machine was, and what others took of it."""
+        expected = {size: self._untimed(size) for size in self.timing.batches}
+        load, others = environment.load_average(), environment.OtherLoad()
+        switches = 0
+        latency: list[Latency] = []
+        for size in self.timing.batches:
+            before = environment.involuntary_switches()
+            latency += self._time(size, expected[size])
+            switches += (environment.involuntary_switches() or 0) - (before or 0)
+        turns = sum(len(one.samples_ms) + one.warmup for one in latency)
+        told = environment.involuntary_switches() is not None
+        noise = Noise(
+            cores=environment.usable_cores(),
+            load_average=load,
+            others=others.share(),
+            switches=switches if told else None,
+            turns=turns,
+        )
+        return tuple(latency), noise, others.doubt()
+
+    def _untimed(self, size: int) -> dict[str, list[Array]]:
+        """Return every candidate's outputs on what it will be timed on, before anything is."""
+        return {
+            name: untimed(candidate, session, self._feeds(candidate, size))
+            for name, (candidate, session) in self.opened.items()
+        }
+
+    def _time(self, size: int, expected: dict[str, list[Array]]) -> list[Latency]:
+        """Time all at one batch size, and note how far timed outputs are from untimed ones."""
+        entrants, outputs = {}, {}
+        for name, (candidate, session) in self.opened.items():
+            entrants[name] = Entrant(session, self._feeds(candidate, size))
+            outputs[name] = candidate.bundle.report.source.output.name
+        watch = Watch(expected, outputs, self.timing.seed)
+        seconds = self.asked.seconds
+        rounds = None if seconds is not None else self.timing.runs
+        what = f"time {len(entrants)} candidates at batch {size}"
+        with self.progress(what, rounds) as advance:
+            found = time_in_turn(
+                entrants, size, self.timing, seconds=seconds, seen=watch, advance=advance
+            )
+        for name, distances in watch.found.items():
+            self._note(name, distances)
+        return found
+
+    def _note(self, name: str, distances: list[float]) -> None:
+        timed = self.timed[name]
+        checked: Checked = msgspec.structs.replace(
+            timed.checked,
+            timed=timed.checked.timed + len(distances),
+            farthest=max(timed.checked.farthest, *distances),
+        )
+        self.timed[name] = msgspec.structs.replace(timed, checked=checked)
+
+    def _feeds(self, candidate: Candidate, size: int) -> list[Feed]:
+        bundle = candidate.bundle
+        return varied(bundle.held_out.inputs, bundle.report.source.input.name, size=size)

@@ -1,0 +1,84 @@
+"""Is what was timed real? Outputs of timed runs, held against those of untimed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exporter.bench.candidates import Candidate
+from exporter.contracts import Bound, Session
+from exporter.errors import BuildError, InputRefused
+from exporter.parity import collect_outputs
+from exporter.records import Array, Checked, Feed
+from exporter.samples import feeds
+
+_SHARE = 0.25  # of the timed runs, whose outputs are read
+
+
+@dataclass(slots=True)
+class Watch:
+    """Compares a random sample of all timed runs at one batch size, the first round among it.
+
+    ``expected`` has each candidate's outputs, called untimed on each of its batches.
+    """
+
+    expected: Mapping[str, Sequence[Array]]
+    outputs: Mapping[str, str]
+    seed: int
+    found: dict[str, list[float]] = field(default_factory=dict)
+    _draws: Any = None
+
+    def __call__(self, name: str, turn: int, step: Callable[[], Any]) -> None:
+        """Read what a timed run computed, and note how far it is from what it should be."""
+        import numpy as np
+
+        self._draws = self._draws or np.random.RandomState(self.seed)
+        if (self._draws.random_sample() >= _SHARE and turn) or not isinstance(step, Bound):
+            return
+        wanted = self.expected[name]
+        got = np.asarray(step.outputs()[self.outputs[name]])
+        self.found.setdefault(name, []).append(distance(wanted[turn % len(wanted)], got))
+
+
+def distance(want: Array, got: Array) -> float:
+    """Return ‖got − want‖ / ‖want‖, infinite where the shapes differ or a value is not finite."""
+    import numpy as np
+
+    a, b = np.asarray(want, np.float64), np.asarray(got, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    if np.array_equal(a, b):
+        return 0.0
+    scale = float(np.linalg.norm(a))
+    return float(np.linalg.norm(b - a)) / scale if scale else float("inf")
+
+
+def untimed(candidate: Candidate, session: Session, batches: Sequence[Feed]) -> list[Array]:
+    """Return the outputs of each batch. Raises `InputRefused` if the model does not take it."""
+    import numpy as np
+
+    name = candidate.bundle.report.source.output.name
+    size = len(next(iter(batches[0].values())))
+    try:
+        return [np.array(session(feed)[name]) for feed in batches]
+    except BuildError as error:
+        raise InputRefused(f"{candidate.name} does not take a batch of {size}: {error}") from error
+
+
+def check_accuracy(candidate: Candidate, session: Session) -> Checked:
+    """Return how many labelled samples a candidate labels correctly, beside what is recorded."""
+    bundle, recorded = candidate.bundle, candidate.recorded
+    source = bundle.report.source
+    if recorded is None or recorded.lost is None or recorded.gained is None:
+        return Checked()
+    assert recorded.reference_correct is not None  # it has labels
+    outputs = collect_outputs(
+        session,
+        feeds(bundle.held_out.inputs, source.input.name, size=bundle.profile.batch.opt),
+        source.output.name,
+        samples=recorded.samples,
+    )
+    correct = int((outputs.argmax(axis=1) == bundle.held_out.labels).sum())
+    before = recorded.reference_correct - recorded.lost + recorded.gained
+    return Checked(correct=correct, recorded=before, samples=recorded.samples)

@@ -25,7 +25,7 @@ from exporter.bench.candidates import (
     find_candidates,
     read_bundles,
 )
-from exporter.bench.real import Watch, check_accuracy, untimed
+from exporter.bench.real import Watch, check_accuracy, first_run, untimed
 from exporter.contracts import Model, Progress, Session, silent
 from exporter.errors import BuildError, ProfileError, with_hint
 from exporter.latency import Entrant, time_in_turn
@@ -140,10 +140,7 @@ class _Bench:
         start = perf_counter()
         session = self.sessions.enter_context(candidate.runtime.open(candidate.path))
         loaded = perf_counter()
-        step = session.bind(self._feeds(candidate, self.timing.batches[0])[0])
-        begun = perf_counter()
-        step()
-        first = perf_counter() - begun
+        first = first_run(candidate, session, self._feeds(candidate, self.timing.batches[0])[0])
         self.timed[candidate.name] = Timed(
             name=candidate.name,
             bundle=candidate.bundle.label,
@@ -153,7 +150,7 @@ class _Bench:
             file=candidate.file.name,
             sha256=candidate.file.sha256,
             load_ms=1e3 * (loaded - start),
-            first_ms=1e3 * first,
+            first_ms=first,
             checked=check_accuracy(candidate, session),
             notes=candidate.runtime.describe(candidate.path),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from exporter.bench.candidates import Candidate
@@ -54,15 +56,30 @@ def distance(want: Array, got: Array) -> float:
     return float(np.linalg.norm(b - a)) / scale if scale else float("inf")
 
 
+def first_run(candidate: Candidate, session: Session, feed: Feed) -> float:
+    """Return how long the first inference takes, in ms. Raises as `untimed`."""
+    with _taking(candidate, feed):
+        step = session.bind(feed)
+        start = perf_counter()
+        step()
+        return 1e3 * (perf_counter() - start)
+
+
 def untimed(candidate: Candidate, session: Session, batches: Sequence[Feed]) -> list[Array]:
     """Return the outputs of each batch. Raises `InputRefused` if the model does not take it."""
     import numpy as np
 
     name = candidate.bundle.report.source.output.name
-    size = len(next(iter(batches[0].values())))
-    try:
+    with _taking(candidate, batches[0]):
         return [np.array(session(feed)[name]) for feed in batches]
+
+
+@contextmanager
+def _taking(candidate: Candidate, feed: Feed) -> Iterator[None]:
+    try:
+        yield
     except BuildError as error:
+        size = len(next(iter(feed.values())))
         raise InputRefused(f"{candidate.name} does not take a batch of {size}: {error}") from error
 
 

@@ -15,6 +15,8 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     name = "N,…"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):  # the default
+            return value
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
@@ -77,7 +79,7 @@ def bench(
     from exporter.strict import read
 
     names = [part.strip() for value in runtime for part in value.split(",") if part.strip()]
-    request = read(BenchAsked, {**asked, "runtimes": dict.fromkeys(names)}, where="bench")
+    request = read(BenchAsked, {**asked, "runtimes": list(dict.fromkeys(names))}, where="bench")
     if out is not None:
         benching.check_folder(out)
     with ctx.obj() as progress:

@@ -68,10 +68,11 @@ class Timing(Asked, frozen=True):
         if not 0 <= self.settle_ms <= 1000:
             raise ValueError(f"settle_ms must be from 0 to 1000, found {self.settle_ms}")
         check_threads("pytorch_threads", self.pytorch_threads)
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for what does not seed every generator alike."""
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, found {seed}")
 
@@ -85,7 +86,7 @@ class ParityInputs(Asked, frozen=True):
     def __post_init__(self) -> None:
         if self.random < 1:
             raise ValueError(f"random must be 1 or more, found {self.random}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 class Calibration(Asked, frozen=True):
@@ -97,7 +98,7 @@ class Calibration(Asked, frozen=True):
     def __post_init__(self) -> None:
         if self.images < LEAST_IMAGES:
             raise ValueError(f"images must be {LEAST_IMAGES} or more, found {self.images}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 class Tolerance(Asked, frozen=True, omit_defaults=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from exporter.records.asked import Timing
+from exporter.records.asked import Timing, check_seed
 from exporter.records.base import MOST_THREADS, Asked, Found, Verdict, worst
 from exporter.records.latency import Latency
 from exporter.records.worth import Comparison
@@ -43,6 +43,7 @@ class BenchAsked(Asked, frozen=True):
         for name, value in (("seconds", self.seconds), ("budget", self.budget_ms)):
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"{name} must be above 0 and below 1e6, found {value:g}")
+        check_seed(self.seed)
 
 
 class Checked(Found, frozen=True):
@@ -144,10 +145,13 @@ class Fit(NamedTuple):
 
 
 class Knee(NamedTuple):
-    """The smallest batch that gives 90 % or more of the most images/s seen, and that most."""
+    """The smallest batch that gives 90 % or more of the most images/s seen, and that most.
+
+    None where that is the largest batch that was timed, so that more might be had beyond it.
+    """
 
     name: str
-    batch: int
+    batch: int | None
     per_second: float
     most: float
     most_batch: int
@@ -170,8 +174,9 @@ class BenchReport(Found, frozen=True):
 
     @property
     def verdict(self) -> Verdict:
-        """Return whether what was timed was real."""
-        return worst(said for t in self.timed for said in (t.checked.outputs, t.checked.accuracy))
+        """Return whether what was timed was real: a pass is a pass of every check."""
+        said = {v for t in self.timed for v in (t.checked.outputs, t.checked.accuracy)}
+        return "not checked" if said == {"pass", "not checked"} else worst(said)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -228,7 +233,8 @@ class BenchReport(Found, frozen=True):
             own = sorted((x for x in self.latency if x.name == one.name), key=lambda x: x.batch)
             best = max(own, key=lambda x: x.per_second)
             knee = next(x for x in own if x.per_second >= _KNEE * best.per_second)
-            found.append(Knee(one.name, knee.batch, knee.per_second, best.per_second, best.batch))
+            batch = knee.batch if knee is not own[-1] else None
+            found.append(Knee(one.name, batch, knee.per_second, best.per_second, best.batch))
         return tuple(found)
 
     @property

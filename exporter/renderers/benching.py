@@ -10,7 +10,7 @@ import msgspec
 
 from exporter.errors import OutputError
 from exporter.intervals import FEWEST_PAIRS, SUPPORT
-from exporter.records import BenchReport, Comparison, Fit, Timed
+from exporter.records import BenchReport, Comparison, Fit, Knee, Timed
 from exporter.renderers import _latency as latency
 from exporter.renderers.markdown import _escape as escape
 from exporter.renderers.markdown import _table as table
@@ -85,17 +85,25 @@ def said(report: BenchReport) -> Iterator[str]:
             continue
         alike = f"; not shown to be slower: {', '.join(others)}" if others else ""
         yield f"fastest at batch {batch}: {fastest}{alike}"
-    for knee in report.knees:
-        yield (
-            f"{knee.name}: the knee is at batch {knee.batch} with {knee.per_second:.1f} images/s; "
-            f"the most are {knee.most:.1f}, at batch {knee.most_batch}"
-        )
+    yield from (f"{knee.name}: {_knee(knee)}" for knee in report.knees)
     for fit in report.fits:
         yield f"{fit.name}: {_fit(report, fit)}"
     yield from (f"{one.name}: {note}" for one in report.timed for note in one.notes)
     yield from (f"not timed: {one.name}: {one.reason}" for one in report.not_timed)
     yield from (f"not real: {failure}" for failure in report.failures)
     yield from (f"in doubt: {doubt}" for doubt in report.doubts)
+
+
+def _knee(knee: Knee) -> str:
+    if knee.batch is None:
+        return (
+            f"no knee: images/s still rise at batch {knee.most_batch}, the largest that was timed, "
+            f"to {knee.most:.1f}"
+        )
+    return (
+        f"the knee is at batch {knee.batch} with {knee.per_second:.1f} images/s; the most are "
+        f"{knee.most:.1f}, at batch {knee.most_batch}"
+    )
 
 
 def _fit(report: BenchReport, fit: Fit) -> str:

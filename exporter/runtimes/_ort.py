@@ -190,8 +190,7 @@ class _Session:
         try:
             found = self.session.run(names, self._typed(feed))
         except Exception as error:  # onnxruntime raises one private class per status code
-            reason = str(error).strip().splitlines()[0]
-            raise BuildError(f"onnxruntime cannot run the graph: {reason}") from error
+            raise _cannot_run(error) from error
         return _named(self.session, found)
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
@@ -218,10 +217,18 @@ class _Bound:
     binding: Any
 
     def __call__(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # onnxruntime raises one private class per status code
+            raise _cannot_run(error) from error
 
     def outputs(self) -> Outputs:
         return _named(self.session, self.binding.copy_outputs_to_cpu())
+
+
+def _cannot_run(error: Exception) -> BuildError:
+    reason = str(error).strip().splitlines()[0]
+    return BuildError(f"onnxruntime cannot run the graph: {reason}")
 
 
 def _named(session: Any, found: Sequence[Any]) -> Outputs:

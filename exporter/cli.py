@@ -7,12 +7,12 @@ import signal
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -21,6 +21,8 @@ from exporter.errors import ExportError, ProfileError
 from exporter.version import __version__
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from exporter.contracts import Advance, Progress
 
 EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, or could
@@ -68,6 +70,13 @@ class _Stopped:
     def _stop(self, signum: int, frame: object) -> None:
         self.by = signum
         raise KeyboardInterrupt
+
+
+class Terminal(NamedTuple):
+    """What a command in ``exporter/commands`` shows things with."""
+
+    bars: Callable[[], AbstractContextManager[Progress]]
+    show: Callable[[RenderableType, int], None]
 
 
 class Shape(click.ParamType[tuple[int, ...]]):
@@ -153,7 +162,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     unfolded PyTorch network in float64, and leaves a report beside them.
     """
     if ctx.invoked_subcommand:
-        ctx.obj = _bars
+        ctx.obj = Terminal(_bars, _show)
         return
     from exporter.profile import load_profile
 
@@ -441,6 +450,13 @@ def _value(text: str) -> Any:
 
 def _split(values: tuple[str, ...]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def _show(what: RenderableType, width: int) -> None:
+    """Print what rich can print; so wide where there is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width, soft_wrap=True).print(what)
 
 
 @contextmanager

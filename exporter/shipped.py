@@ -32,8 +32,8 @@ def is_intact(file: File, folder: Path) -> bool:
     return path.is_file() and File.of(path, folder) == file
 
 
-def intact_file(manifest: Manifest, name: str, folder: Path) -> Path:
-    """Return where a file of the bundle is. Raises `InputRefused` unless it is what it was."""
+def intact_file(manifest: Manifest, name: str, folder: Path) -> File:
+    """Return a file of the bundle. Raises `InputRefused` unless it is there, and what it was."""
     file = next((file for file in manifest.files if file.name == name), None)
     if file is None:
         raise InputRefused(f"{folder.name}/{name}: the manifest does not list this file")
@@ -44,4 +44,4 @@ def intact_file(manifest: Manifest, name: str, folder: Path) -> Path:
             f"{folder.name}/{name} is not the file that the manifest lists",
             hint="export it anew",
         )
-    return folder / name
+    return file

@@ -126,6 +126,11 @@ def test_batch_sizes_are_the_profiles_if_none_is_asked_for(bundle, bench):
     assert report.knees == ()
 
 
+def test_seconds_in_place_of_runs_give_as_many_rounds_as_an_interval_needs(bundle, bench):
+    report = bench(bundle, asked=msgspec.structs.replace(ASKED, runs=None, seconds=0.001))
+    assert {len(one.samples_ms) for one in report.latency} == {20}
+
+
 def test_what_cannot_run_here_is_listed_with_the_reason(bundle, bench, monkeypatch):
     monkeypatch.setattr(TensorRtRtx, "missing", lambda self, action: "no GPU")
     report = bench(bundle, asked=msgspec.structs.replace(ASKED, runtimes=()))

@@ -44,7 +44,7 @@ class Bundle:
         """Return it. Raises `InputRefused` if it is none, or not what it was."""
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
-        profile = load_profile(intact_file(manifest, "profile.toml", folder))
+        profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
         data = (model or load_model(report.source.model)).data
         held_out = samples.load_split(data, report.source.input.shape, "held-out")
         return cls(label, folder, manifest, report, profile, held_out)
@@ -162,10 +162,11 @@ def _file(
     if artefact and artefact.refused:
         raise BuildError(artefact.refused)
     if artefact and artefact.file:
-        return intact_file(bundle.manifest, artefact.file.name, bundle.folder), artefact.file
+        file = intact_file(bundle.manifest, artefact.file.name, bundle.folder)
+        return bundle.folder / file.name, file
     assert variant.file is not None  # what was refused is not here
     source = bundle.report.source
-    path = intact_file(bundle.manifest, variant.file.name, bundle.folder)
+    path = bundle.folder / intact_file(bundle.manifest, variant.file.name, bundle.folder).name
     model = OnnxModel(path, variant.precision, source.input, source.output, bundle.profile.batch)
     built = runtime.build(model, scratch)
     return built, File.of(built, built.parent)

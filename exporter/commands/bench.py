@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def bench(
     request = read(BenchAsked, {**asked, "runtimes": list(dict.fromkeys(names))}, where="bench")
     if out is not None:
         benching.check_folder(out)
-    with ctx.obj() as progress:
+    with ctx.obj.bars() as progress:
         with progress("load", None):
             from exporter.bench import bench_bundles
         report = bench_bundles(bundles, request, progress=progress)
@@ -91,8 +90,5 @@ def bench(
     if as_json:
         click.echo(benching.to_json(report), nl=False)
     else:
-        from rich.console import Console
-
-        width = None if sys.stdout.isatty() else 180
-        Console(width=width, soft_wrap=True).print(benching.render(report))
+        ctx.obj.show(benching.render(report), 180)
     ctx.exit(1 if report.verdict == "fail" else 0)

@@ -297,3 +297,9 @@ def _unsteady(found: tuple[Latency, ...]) -> Iterator[str]:
             f"the latency of {len(unsteady)} of {len(found)} candidates is unsteady: that of "
             f"{worst} has a p90 of {unsteady[worst]:.1f} times its p50"
         )
+    changing = [x for x in found if x.steady is False]
+    if changing:
+        yield (
+            f"the latency of {len(changing)} of {len(found)} candidates was still changing after "
+            f"{changing[0].warmup} warm-up rounds, say that of {changing[0].name}"
+        )

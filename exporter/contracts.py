@@ -205,6 +205,14 @@ class Bound(Protocol):
         """Return what the last run computed, as `Session` does."""
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session whose device has a clock of its own."""
+
+    def on_device(self, feed: Feed) -> Mapping[str, Callable[[], float]]:
+        """Put the batch in place; each result, by its name, runs once and returns milliseconds."""
+
+
 class Progress(Protocol):
     """Told what is happening. ``total`` is None where a step has no parts to count."""
 
@@ -227,6 +235,7 @@ __all__ = [
     "Bound",
     "Converted",
     "Model",
+    "OnDevice",
     "Plugin",
     "Precision",
     "Progress",

@@ -33,11 +33,19 @@ _STEADY = 0.02  # what a median may move by from one window to the next
 Seen: TypeAlias = Callable[[str, int, Callable[[], Any]], object]
 
 
+def wall_clock(step: Callable[[], Any]) -> float:
+    """Run once, and return the milliseconds from handing over to having the outputs."""
+    start = perf_counter_ns()
+    step()
+    return (perf_counter_ns() - start) / 1e6
+
+
 class Entrant(NamedTuple):
-    """A candidate, and the batches that it takes in turn, a round each."""
+    """A candidate, the batches that it takes in turn, a round each, and by which clock."""
 
     session: Session
     feeds: Sequence[Feed]
+    clock: Callable[[Callable[[], Any]], float] = wall_clock
 
     def bind(self, turn: int) -> Callable[[], Any]:
         return self.session.bind(self.feeds[turn % len(self.feeds)])
@@ -88,7 +96,7 @@ def time_in_turn(
             break
         for name in order:
             step = entrants[name].bind(turn)
-            samples[name].append(_run(step, timing.settle_ms))
+            samples[name].append(_run(entrants[name], step, timing.settle_ms))
             if seen is not None:
                 seen(name, turn, step)
         advance()
@@ -122,7 +130,7 @@ def _warm_up(entrants: Mapping[str, Entrant], timing: Timing) -> tuple[int, dict
     steady: dict[str, bool] = dict.fromkeys(entrants, False) if window else {}
     while rounds < _MOST_WINDOWS * window and not all(steady.values()):
         for name, entrant in entrants.items():
-            times[name].append(_run(entrant.bind(rounds), timing.settle_ms))
+            times[name].append(_run(entrant, entrant.bind(rounds), timing.settle_ms))
         rounds += 1
         if rounds % window == 0 and rounds > window:
             for name, own in times.items():
@@ -130,11 +138,9 @@ def _warm_up(entrants: Mapping[str, Entrant], timing: Timing) -> tuple[int, dict
     return rounds, steady
 
 
-def _run(step: Callable[[], Any], settle_ms: float) -> float:
+def _run(entrant: Entrant, step: Callable[[], Any], settle_ms: float) -> float:
     """Run untimed until that long has passed, then once by the clock, in ms."""
     end = perf_counter_ns() + settle_ms * 1e6
     while perf_counter_ns() < end:
         step()
-    start = perf_counter_ns()
-    step()
-    return (perf_counter_ns() - start) / 1e6
+    return entrant.clock(step)

@@ -8,12 +8,13 @@ and each artefact must label as many samples correctly as the bundle's record sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,7 +26,8 @@ from exporter.bench.candidates import (
     find_candidates,
     read_bundles,
 )
-from exporter.bench.real import Watch, check_accuracy, first_run, untimed
+from exporter.bench.real import Wanted, Watch, check_accuracy, first_run, untimed
+from exporter.bench.ways import ways
 from exporter.contracts import Model, Progress, Session, silent
 from exporter.errors import BuildError, ProfileError, with_hint
 from exporter.latency import Entrant, time_in_turn
@@ -37,16 +39,19 @@ from exporter.records import (
     BenchReport,
     Checked,
     Feed,
+    Gpu,
     Latency,
     Noise,
     NotTimed,
     Timed,
     Timing,
 )
+from exporter.runtimes._nvml import Sensors
 from exporter.samples import varied
 from exporter.version import TOOL
 
 _RUNS = 100
+_SENSED = 10  # rounds from one look at a GPU's sensors to the next
 
 
 def bench_bundles(
@@ -75,7 +80,7 @@ def bench_bundles(
         doubts = tuple(_doubts_of_threads(asked, found))
         bench = _Bench(asked, timing, found, sessions, progress)
         bench.open()
-        latency, noise, others = bench.time()
+        times = bench.time()
     return BenchReport(
         schema=SCHEMA,
         tool=TOOL,
@@ -85,9 +90,15 @@ def bench_bundles(
         samples=tuple(dict.fromkeys(bundle.held_out.origin for bundle in bundles)),
         timed=tuple(bench.timed.values()),
         not_timed=tuple(found.not_timed),
-        latency=latency,
-        noise=noise,
-        doubts=(*doubts, *others, *noise.doubts, *(why for one in latency for why in one.doubts)),
+        latency=times.latency,
+        noise=times.noise,
+        doubts=(
+            *doubts,
+            *times.doubts,
+            *(why for one in (*times.latency, *times.on_device) for why in one.doubts),
+        ),
+        on_device=times.on_device,
+        gpu=times.gpu,
     )
 
 
@@ -104,6 +115,16 @@ def _doubts_of_threads(asked: BenchAsked, found: Found) -> Iterator[str]:
     cores = environment.usable_cores()
     if max(asked.threads) > cores:
         yield f"{max(asked.threads)} threads share {cores} processors"
+
+
+class Times(NamedTuple):
+    """Latencies by the wall clock and by devices' own, and why not to trust them."""
+
+    latency: tuple[Latency, ...]
+    on_device: tuple[Latency, ...]
+    noise: Noise
+    gpu: Gpu | None
+    doubts: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -156,26 +177,31 @@ class _Bench:
         )
         self.opened[candidate.name] = candidate, session
 
-    def time(self) -> tuple[tuple[Latency, ...], Noise, tuple[str, ...]]:
-        """Return all latencies, how noisy the machine was, and what others took of it."""
+    def time(self) -> Times:
+        """Return all latencies, and what the machine was like meanwhile."""
         expected = {size: self._untimed(size) for size in self.timing.batches}
         load, others = environment.load_average(), environment.OtherLoad()
-        switches = 0
+        before = environment.involuntary_switches()
+        sensors = Sensors.open()
         latency: list[Latency] = []
         for size in self.timing.batches:
-            before = environment.involuntary_switches()
-            latency += self._time(size, expected[size])
-            switches += (environment.involuntary_switches() or 0) - (before or 0)
-        turns = sum(len(one.samples_ms) + one.warmup for one in latency)
-        told = environment.involuntary_switches() is not None
+            latency += self._time(size, expected[size], sensors)
+        after = environment.involuntary_switches()
         noise = Noise(
             cores=environment.usable_cores(),
             load_average=load,
             others=others.share(),
-            switches=switches if told else None,
-            turns=turns,
+            switches=None if before is None or after is None else after - before,
+            turns=sum(len(one.samples_ms) + one.warmup for one in latency),
         )
-        return tuple(latency), noise, others.doubt()
+        gpu = sensors.close() if sensors else None
+        return Times(
+            tuple(one for one in latency if one.name in self.timed),
+            tuple(one for one in latency if one.name not in self.timed),
+            noise,
+            gpu,
+            (*others.doubt(), *noise.doubts, *(gpu.doubts if gpu else ())),
+        )
 
     def _untimed(self, size: int) -> dict[str, list[Array]]:
         """Return every candidate's outputs on what it will be timed on, before anything is."""
@@ -184,19 +210,30 @@ class _Bench:
             for name, (candidate, session) in self.opened.items()
         }
 
-    def _time(self, size: int, expected: dict[str, list[Array]]) -> list[Latency]:
+    def _time(
+        self, size: int, expected: dict[str, list[Array]], sensors: Sensors | None
+    ) -> list[Latency]:
         """Time all at one batch size, and note how far timed outputs are from untimed ones."""
-        entrants, outputs = {}, {}
+        entrants: dict[str, Entrant] = {}
+        watch = Watch(seed=self.timing.seed)
         for name, (candidate, session) in self.opened.items():
-            entrants[name] = Entrant(session, self._feeds(candidate, size))
-            outputs[name] = candidate.bundle.report.source.output.name
-        watch = Watch(expected, outputs, self.timing.seed)
+            own = ways(name, session, self._feeds(candidate, size))
+            entrants |= own
+            for way in own:
+                output = candidate.bundle.report.source.output.name
+                watch.wanted[way] = Wanted(name, output, expected[name])
+
+        def seen(name: str, turn: int, step: Callable[[], Any]) -> None:
+            watch(name, turn, step)
+            if sensors and turn % _SENSED == 0:
+                sensors.read()
+
         seconds = self.asked.seconds
         rounds = None if seconds is not None else self.timing.runs
         what = f"time {len(entrants)} candidates at batch {size}"
         with self.progress(what, rounds) as advance:
             found = time_in_turn(
-                entrants, size, self.timing, seconds=seconds, seen=watch, advance=advance
+                entrants, size, self.timing, seconds=seconds, seen=seen, advance=advance
             )
         for name, distances in watch.found.items():
             self._note(name, distances)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from exporter.bench.candidates import Candidate
 from exporter.contracts import Bound, Session
@@ -18,16 +18,20 @@ from exporter.samples import feeds
 _SHARE = 0.25  # of the timed runs, whose outputs are read
 
 
+class Wanted(NamedTuple):
+    """Of which candidate a timed run is, and what it computes, called untimed on each batch."""
+
+    candidate: str
+    output: str
+    batches: Sequence[Array]
+
+
 @dataclass(slots=True)
 class Watch:
-    """Compares a random sample of all timed runs at one batch size, the first round among it.
+    """Compares a random sample of all timed runs at one batch size, the first round among it."""
 
-    ``expected`` has each candidate's outputs, called untimed on each of its batches.
-    """
-
-    expected: Mapping[str, Sequence[Array]]
-    outputs: Mapping[str, str]
     seed: int
+    wanted: dict[str, Wanted] = field(default_factory=dict)
     found: dict[str, list[float]] = field(default_factory=dict)
     _draws: Any = None
 
@@ -38,9 +42,10 @@ class Watch:
         self._draws = self._draws or np.random.RandomState(self.seed)
         if (self._draws.random_sample() >= _SHARE and turn) or not isinstance(step, Bound):
             return
-        wanted = self.expected[name]
-        got = np.asarray(step.outputs()[self.outputs[name]])
-        self.found.setdefault(name, []).append(distance(wanted[turn % len(wanted)], got))
+        wanted = self.wanted[name]
+        got = np.asarray(step.outputs()[wanted.output])
+        apart = distance(wanted.batches[turn % len(wanted.batches)], got)
+        self.found.setdefault(wanted.candidate, []).append(apart)
 
 
 def distance(want: Array, got: Array) -> float:
@@ -57,11 +62,10 @@ def distance(want: Array, got: Array) -> float:
 
 
 def first_run(candidate: Candidate, session: Session, feed: Feed) -> float:
-    """Return how long the first inference takes, in ms. Raises as `untimed`."""
+    """Return how long the first call takes, in ms. Raises as `untimed`."""
     with _taking(candidate, feed):
-        step = session.bind(feed)
         start = perf_counter()
-        step()
+        session(feed)
         return 1e3 * (perf_counter() - start)
 
 

@@ -11,6 +11,7 @@ from exporter.records.worth import Comparison
 
 _SAME = 1e-3  # of relative L2: what another order of sums may do, and another input never does
 _KNEE = 0.9
+_WANDERS = 0.05  # of a GPU's clock
 _DISTURBED = 0.5  # involuntary context switches per turn
 
 
@@ -79,8 +80,8 @@ class Checked(Found, frozen=True):
 class Timed(Found, frozen=True):
     """One candidate: a file of a bundle in a runtime, with so many threads.
 
-    ``load_ms`` is from the file to a session, and ``first_ms`` the first inference of it, at the
-    first batch size; neither is in any other figure.
+    ``load_ms`` is from the file to a session, and ``first_ms`` the first call of it, at the first
+    batch size; neither is in any other figure.
     """
 
     name: str
@@ -133,6 +134,43 @@ class Noise(Found, frozen=True):
         return tuple(said)
 
 
+class Gpu(Found, frozen=True):
+    """What a GPU's sensors said between timed runs: from the least to the most.
+
+    ``slowed`` is what held it back, and in how many of the ``readings``.
+    """
+
+    name: str
+    readings: int
+    sm_mhz: tuple[int, int]
+    memory_mhz: tuple[int, int]
+    celsius: tuple[int, int]
+    watts: tuple[float, float]
+    slowed: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Return why figures taken on it may not hold, one sentence each."""
+        said = [
+            f"{self.name} was slowed by {why} in {count} of {self.readings} readings"
+            for why, count in self.slowed.items()
+        ]
+        low, high = self.sm_mhz
+        if low < (1 - _WANDERS) * high:
+            said.append(f"the clock of {self.name} went from {low} to {high} MHz: it is not locked")
+        return tuple(said)
+
+    def __str__(self) -> str:
+        ranges = (
+            ("SM clock", "MHz", self.sm_mhz),
+            ("memory clock", "MHz", self.memory_mhz),
+            ("temperature", "°C", self.celsius),
+            ("power", "W", self.watts),
+        )
+        said = [f"{what} {low:.0f} to {high:.0f} {unit}" for what, unit, (low, high) in ranges]
+        return f"{self.name}: {', '.join(said)}, in {self.readings} readings between timed runs"
+
+
 class Fit(NamedTuple):
     """The largest batch within the budget, None if none is; with ``missing`` samples more for some.
 
@@ -158,7 +196,10 @@ class Knee(NamedTuple):
 
 
 class BenchReport(Found, frozen=True):
-    """The record of one bench; everything else follows from it."""
+    """The record of one bench; everything else follows from it.
+
+    ``on_device`` are times by the device's own clock, which are compared with no wall-clock time.
+    """
 
     schema: int
     tool: str
@@ -171,6 +212,8 @@ class BenchReport(Found, frozen=True):
     latency: tuple[Latency, ...]
     noise: Noise
     doubts: tuple[str, ...]
+    on_device: tuple[Latency, ...] = ()
+    gpu: Gpu | None = None
 
     @property
     def verdict(self) -> Verdict:

@@ -25,13 +25,18 @@ RATIO = (
     "holds 1; each comparison by itself, so of 20 between equals one errs"
 )
 LOADED = (
-    "load: from the file to a session; first: the first inference of that session, at the first "
-    "batch size; both once, and in no other figure"
+    "load: from the file to a session; first: its first call, from handing the inputs over to "
+    "reading the outputs, at the first batch size; both once, and in no other figure"
 )
 REAL = (
     "timed outputs: those of a quarter of the timed runs, drawn at random, beside the same session "
     "called untimed on the same inputs, at most 1e-3 apart in relative L2; accuracy: held-out "
     "samples labelled correctly, beside the bundle's record"
+)
+DEVICE = (
+    "by CUDA events: what the device took between two events around the run, inputs and outputs on "
+    "it; with copies: from pageable host memory and back; CUDA graph: captured once, launched as "
+    "one; the wall clock has the launch in it and waiting for the end, so the two are not compared"
 )
 KNEE = "knee: the smallest batch with 90 % or more of the most images/s seen"
 WITHIN = (
@@ -46,6 +51,7 @@ def definitions(report: BenchReport) -> list[str]:
     """Return what each figure that is shown is."""
     notes = [latency.SUPPORTED, latency.FAR, latency.RATE]
     notes += [RATIO] if report.comparisons else []
+    notes += [DEVICE] if report.on_device else []
     notes += [LOADED, REAL]
     notes += [KNEE] if report.knees else []
     return [*notes, *([WITHIN] if report.fits else [])]
@@ -139,6 +145,8 @@ def to_json(report: BenchReport) -> str:
     record = {"schema": record.pop("schema"), "verdict": report.verdict, **record}
     for one, entry in zip(report.latency, record["latency"], strict=True):
         entry |= latency.to_builtins(one)
+    for one, entry in zip(report.on_device, record["on_device"], strict=True):
+        entry |= latency.to_builtins(one)
     for timed, entry in zip(report.timed, record["timed"], strict=True):
         entry["checked"] |= {
             "outputs": timed.checked.outputs,
@@ -169,6 +177,9 @@ def to_markdown(report: BenchReport) -> str:
         *table(latency.HEADS, map(latency.row, report.latency)),
         "",
     ]
+    if report.on_device:
+        rows = map(latency.row, report.on_device)
+        lines += ["## By the device's own clock", "", *table(latency.HEADS, rows), ""]
     if report.comparisons:
         lines += ["## Ratios", "", *table(_RATIOS, map(ratio, report.comparisons)), ""]
     lines += [
@@ -186,6 +197,7 @@ def to_markdown(report: BenchReport) -> str:
         "",
         escape(noise(report)) + ".",
         "",
+        *([f"{escape(str(report.gpu))}.", ""] if report.gpu else []),
         f"{report.tool}; {escape(versions)}.",
     ]
     return "\n".join((*lines, ""))
@@ -200,11 +212,14 @@ def render(report: BenchReport) -> RenderableType:
         _grid(latency.HEADS, [latency.row(one) for one in report.latency]),
         Text(""),
     ]
+    if report.on_device:
+        lines += [_grid(latency.HEADS, [latency.row(one) for one in report.on_device]), Text("")]
     if report.comparisons:
         lines += [_grid(_RATIOS, [ratio(one) for one in report.comparisons]), Text("")]
     lines += [_grid(_CHECKED, [checked(one) for one in report.timed]), Text("")]
     lines += [Text(sentence, style=_colour(sentence)) for sentence in said(report)]
-    lines += [Text(f"the machine: {noise(report)}"), Text("")]
+    lines += [Text(f"the machine: {noise(report)}")]
+    lines += [*([Text(f"the GPU: {report.gpu}")] if report.gpu else []), Text("")]
     lines += [Text(note, style="dim") for note in definitions(report)]
     return Group(*lines, Text(report.verdict, style=COLOURS[report.verdict]))
 

@@ -41,14 +41,20 @@ def wall_clock(step: Callable[[], Any]) -> float:
 
 
 class Entrant(NamedTuple):
-    """A candidate, the batches that it takes in turn, a round each, and by which clock."""
+    """A candidate, the batches that it takes in turn, a round each, and by which clock.
+
+    ``others`` are more loads of the same file, which take turns with the first: where a load's
+    memory happens to lie makes it faster or slower for good, and is not the candidate's doing.
+    """
 
     session: Session
     feeds: Sequence[Feed]
     clock: Callable[[Callable[[], Any]], float] = wall_clock
+    others: Sequence[Session] = ()
 
     def bind(self, turn: int) -> Callable[[], Any]:
-        return self.session.bind(self.feeds[turn % len(self.feeds)])
+        sessions = (self.session, *self.others)
+        return sessions[turn % len(sessions)].bind(self.feeds[turn % len(self.feeds)])
 
 
 def measure_latency(

@@ -383,6 +383,7 @@ def test_the_command_shows_the_tables_and_ends_with_one_where_it_was_not_real(
         ("--batch 0", 2, "bench: batch must be 1 or more, found 0"),
         ("--batch 1,1", 2, "bench: batch has a value twice: 1, 1"),
         ("--budget=-1", 2, "bench: budget must be above 0 and below 1e6, found -1"),
+        ("--loads 0", 2, "bench: loads must be from 1 to 20, found 0"),
         ("--seed=-1", 2, "seed must be from 0"),
         ("--batch 4000000000", 5, "more than this machine's"),
         ("--out {bundle}", 5, "made is a bundle, and holds its own files alone"),

@@ -20,7 +20,7 @@ from exporter.intervals import (
     samples_missing,
 )
 from exporter.latency import Entrant, time_in_turn
-from exporter.records import Timing
+from exporter.records import Comparison, Latency, Timing
 
 ROUNDS, TRIALS = 60, 300
 DRIFTS = [0.0, 0.01, 0.03, 0.05]
@@ -79,38 +79,49 @@ def trial(monkeypatch, seed: int, *, drift: float, noise: float, ratio: float, i
 
 
 def share(monkeypatch, said, **how) -> float:
-    """Return in how many of all trials an interval is as ``said``."""
+    """Return of how many of all trials ``said`` holds, asked of the comparison."""
     how = {"noise": 0.02, "ratio": 1.0, "in_turn": True, **how}
-    return sum(
-        said(*ratio_interval(*trial(monkeypatch, seed, **how))) for seed in range(TRIALS)
-    ) / (TRIALS)
+    found = 0
+    for seed in range(TRIALS):
+        a, b = (Latency("", 1, 1, 0, s) for s in trial(monkeypatch, seed, **how))
+        found += bool(said(Comparison.of(a, b)))
+    return found / TRIALS
+
+
+def is_told_apart(one: Comparison) -> bool:
+    return one.speed != "no significant difference"
+
+
+def excludes_one(one: Comparison) -> bool:
+    return not one.interval[0] <= 1 <= one.interval[1]
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
 def test_two_that_are_equal_are_called_different_in_six_of_a_hundred_runs_at_most(
     drift, monkeypatch
 ):
-    wrong = share(monkeypatch, lambda low, high: not low <= 1 <= high, drift=drift)
-    assert wrong <= 0.06
+    """By the interval alone; what is called a difference must be 1 % off, too."""
+    assert share(monkeypatch, excludes_one, drift=drift) <= 0.06
+    assert share(monkeypatch, is_told_apart, drift=drift) <= 0.01
 
 
 def test_timed_one_after_the_other_they_are_called_different_most_of_the_time(monkeypatch):
-    def wrong(low, high):
-        return not low <= 1 <= high
-
-    assert share(monkeypatch, wrong, drift=0.03, in_turn=False) > 0.4
-    assert share(monkeypatch, wrong, drift=0.05, in_turn=False) > 0.5
+    assert share(monkeypatch, excludes_one, drift=0.03, in_turn=False) > 0.4
+    assert share(monkeypatch, excludes_one, drift=0.05, in_turn=False) > 0.5
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.03])
 def test_three_per_cent_more_under_two_per_cent_of_noise_are_found(drift, monkeypatch):
-    assert share(monkeypatch, lambda low, _: low > 1, drift=drift, ratio=1.03) >= 0.9
+    assert share(monkeypatch, lambda one: one.speed == "slower", drift=drift, ratio=1.03) >= 0.9
+    assert share(monkeypatch, lambda one: one.speed == "faster", drift=drift, ratio=0.97) >= 0.9
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.05])
 def test_the_interval_of_a_ratio_holds_the_true_one(drift, monkeypatch):
-    held = share(monkeypatch, lambda low, high: low <= 1.1 <= high, drift=drift, ratio=1.1)
-    assert held >= 0.93
+    def holds(one):
+        return one.interval[0] <= 1.1 <= one.interval[1]
+
+    assert share(monkeypatch, holds, drift=drift, ratio=1.1) >= 0.93
 
 
 # ── Intervals by themselves ─────────────────────────────────────────────────────────

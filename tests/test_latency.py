@@ -180,6 +180,13 @@ def test_inputs_change_from_round_to_round_and_are_the_same_for_all_candidates(c
         assert [id(feed) for feed in session.bound] == [id(feeds[n % 3]) for n in range(7)]
 
 
+def test_loads_of_one_file_take_turns(clock):
+    first, second = (Fake(clock, name, [took] * 99) for name, took in (("A", 1.0), ("A'", 3.0)))
+    entrants = {"A": Entrant(first, [{}], others=[second])}
+    (found,) = time_in_turn(entrants, 1, at_once((1,), 0, 4))
+    assert found.samples_ms == (1.0, 3.0, 1.0, 3.0)
+
+
 def test_each_timed_run_is_handed_over_outside_the_clock_and_no_other(clock):
     seen = []
 

@@ -101,6 +101,14 @@ def test_no_difference_is_no_difference():
     assert len(one.recommendation.level) == 1
 
 
+def test_what_two_loads_of_one_file_differ_by_is_no_difference():
+    one = of(timed("fp32 on ort-cpu", 1.0), timed("int8 on ort-cpu", 0.991))
+    assert one.comparisons[0].interval == pytest.approx((0.991, 0.991))
+    assert one.comparisons[0].speed == "no significant difference"
+    one = of(timed("fp32 on ort-cpu", 1.0), timed("int8 on ort-cpu", 0.989))
+    assert one.comparisons[0].speed == "faster"
+
+
 def test_few_samples_tell_nothing():
     one = of(
         Latency("fp32 on ort-cpu", 1, 1, 10, (1.0,) * 19),

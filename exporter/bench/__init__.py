@@ -137,7 +137,7 @@ class _Bench:
     sessions: ExitStack
     progress: Progress
     timed: dict[str, Timed] = field(default_factory=dict)
-    opened: dict[str, tuple[Candidate, Session]] = field(default_factory=dict)
+    opened: dict[str, tuple[Candidate, list[Session]]] = field(default_factory=dict)
 
     def open(self) -> None:
         """Open every candidate, and hold it against the bundle's record.
@@ -159,7 +159,7 @@ class _Bench:
 
     def _open(self, candidate: Candidate) -> None:
         start = perf_counter()
-        session = self.sessions.enter_context(candidate.runtime.open(candidate.path))
+        session = self._load(candidate)
         loaded = perf_counter()
         first = first_run(candidate, session, self._feeds(candidate, self.timing.batches[0])[0])
         self.timed[candidate.name] = Timed(
@@ -175,7 +175,11 @@ class _Bench:
             checked=check_accuracy(candidate, session),
             notes=candidate.runtime.describe(candidate.path),
         )
-        self.opened[candidate.name] = candidate, session
+        more = [self._load(candidate) for _ in range(1, self.asked.loads)]
+        self.opened[candidate.name] = candidate, [session, *more]
+
+    def _load(self, candidate: Candidate) -> Session:
+        return self.sessions.enter_context(candidate.runtime.open(candidate.path))
 
     def time(self) -> Times:
         """Return all latencies, and what the machine was like meanwhile."""
@@ -206,8 +210,8 @@ class _Bench:
     def _untimed(self, size: int) -> dict[str, list[Array]]:
         """Return every candidate's outputs on what it will be timed on, before anything is."""
         return {
-            name: untimed(candidate, session, self._feeds(candidate, size))
-            for name, (candidate, session) in self.opened.items()
+            name: untimed(candidate, sessions[0], self._feeds(candidate, size))
+            for name, (candidate, sessions) in self.opened.items()
         }
 
     def _time(
@@ -216,8 +220,8 @@ class _Bench:
         """Time all at one batch size, and note how far timed outputs are from untimed ones."""
         entrants: dict[str, Entrant] = {}
         watch = Watch(seed=self.timing.seed)
-        for name, (candidate, session) in self.opened.items():
-            own = ways(name, session, self._feeds(candidate, size))
+        for name, (candidate, sessions) in self.opened.items():
+            own = ways(name, sessions, self._feeds(candidate, size))
             entrants |= own
             for way in own:
                 output = candidate.bundle.report.source.output.name

@@ -29,13 +29,14 @@ class _Way:
         return self.device.on_device(feed)[self.name]
 
 
-def ways(name: str, session: Session, feeds: Sequence[Feed]) -> dict[str, Entrant]:
-    """Return what to time of a session, by name: under its own, the wall clock."""
-    found = {name: Entrant(session, feeds)}
-    if isinstance(session, OnDevice):
-        for way in session.on_device(feeds[0]):
-            device = _Way(session, session, way)
-            found[f"{name}, {way}"] = Entrant(device, feeds, clock=_by_device)
+def ways(name: str, sessions: Sequence[Session], feeds: Sequence[Feed]) -> dict[str, Entrant]:
+    """Return what to time of one file's loads, by name: under its own, the wall clock."""
+    first, *others = sessions
+    found = {name: Entrant(first, feeds, others=others)}
+    if isinstance(first, OnDevice):
+        for way in first.on_device(feeds[0]):
+            timed, *more = (_Way(s, s, way) for s in sessions if isinstance(s, OnDevice))
+            found[f"{name}, {way}"] = Entrant(timed, feeds, clock=_by_device, others=more)
     return found
 
 

@@ -48,6 +48,9 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     metavar="MS",
     help="Also say the largest batch whose p90 is within so many ms.",
 )
+@click.option(
+    "--loads", type=int, default=3, show_default=True, help="Loads of each file, taken in turn."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order in each round.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option(

@@ -11,6 +11,7 @@ from exporter.records.worth import Comparison
 
 _SAME = 1e-3  # of relative L2: what another order of sums may do, and another input never does
 _KNEE = 0.9
+_MOST_LOADS = 20
 _WANDERS = 0.05  # of a GPU's clock
 _DISTURBED = 0.5  # involuntary context switches per turn
 
@@ -18,7 +19,8 @@ _DISTURBED = 0.5  # involuntary context switches per turn
 class BenchAsked(Asked, frozen=True):
     """What to time. Nothing of ``batches``, ``threads`` or ``runtimes``: as the bundles have it.
 
-    With ``seconds``, each batch size is timed that long in place of ``runs`` rounds.
+    With ``seconds``, each batch size is timed that long in place of ``runs`` rounds. Each file is
+    loaded ``loads`` times, and the loads take turns.
     """
 
     runtimes: tuple[str, ...] = ()
@@ -27,6 +29,7 @@ class BenchAsked(Asked, frozen=True):
     runs: int | None = None
     seconds: float | None = None
     budget_ms: float | None = None
+    loads: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +47,8 @@ class BenchAsked(Asked, frozen=True):
         for name, value in (("seconds", self.seconds), ("budget", self.budget_ms)):
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"{name} must be above 0 and below 1e6, found {value:g}")
+        if not 1 <= self.loads <= _MOST_LOADS:
+            raise ValueError(f"loads must be from 1 to {_MOST_LOADS}, found {self.loads}")
         check_seed(self.seed)
 
 
@@ -80,8 +85,8 @@ class Checked(Found, frozen=True):
 class Timed(Found, frozen=True):
     """One candidate: a file of a bundle in a runtime, with so many threads.
 
-    ``load_ms`` is from the file to a session, and ``first_ms`` the first call of it, at the first
-    batch size; neither is in any other figure.
+    ``load_ms`` is from the file to the first session of it, and ``first_ms`` the first call of
+    that, at the first batch size; neither is in any other figure.
     """
 
     name: str

@@ -9,14 +9,16 @@ from exporter.intervals import FEWEST_PAIRS, ratio_interval
 from exporter.records.base import Verdict
 from exporter.records.latency import Latency
 
+ALIKE = 0.01  # of a ratio: what the same file, loaded twice, may differ by
 Speed = Literal["faster", "slower", "no significant difference", "too few samples"]
 
 
 class Comparison(NamedTuple):
     """One artefact's latency beside another's: ``ratio`` of medians, with its 95 % interval.
 
-    The interval is None with fewer than `FEWEST_PAIRS` samples. Samples were taken in turn, so that
-    the n-th of both belong together.
+    A difference is one if the whole interval is more than 1 % off, which is what two loads of one
+    file may differ by. The interval is None with fewer than `FEWEST_PAIRS` samples. Samples were
+    taken in turn, so that the n-th of both belong together.
     """
 
     artefact: str
@@ -37,9 +39,9 @@ class Comparison(NamedTuple):
         if self.interval is None:
             return "too few samples"
         low, high = self.interval
-        if low > 1:
+        if low > 1 + ALIKE:
             return "slower"
-        return "faster" if high < 1 else "no significant difference"
+        return "faster" if high < 1 / (1 + ALIKE) else "no significant difference"
 
 
 class Recommendation(NamedTuple):

@@ -11,6 +11,7 @@ import msgspec
 from exporter.errors import OutputError
 from exporter.intervals import FEWEST_PAIRS, SUPPORT
 from exporter.records import BenchReport, Comparison, Fit, Knee, Timed
+from exporter.records.worth import ALIKE
 from exporter.renderers import _latency as latency
 from exporter.renderers.markdown import _escape as escape
 from exporter.renderers.markdown import _table as table
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 RATIO = (
     "times its p50: of the medians, in brackets the 95 % interval of the ratio (bootstrap over "
     "rounds, as few counted as their correlation leaves); no significant difference where that "
-    "holds 1; each comparison by itself, so of 20 between equals one errs"
+    f"comes within {ALIKE:.0%} of 1, which two loads of one file differ by; each comparison by "
+    "itself, so of 20 between equals one may err"
 )
 LOADED = (
-    "load: from the file to a session; first: its first call, from handing the inputs over to "
-    "reading the outputs, at the first batch size; both once, and in no other figure"
+    "load: from the file to the first session of it; first: its first call, from handing the inputs "
+    "over to reading the outputs, at the first batch size; both once, and in no other figure"
 )
 REAL = (
     "timed outputs: those of a quarter of the timed runs, drawn at random, beside the same session "

@@ -27,8 +27,8 @@ RATIO = (
     "itself, so of 20 between equals one may err"
 )
 LOADED = (
-    "load: from the file to the first session of it; first: its first call, from handing the inputs "
-    "over to reading the outputs, at the first batch size; both once, and in no other figure"
+    "load: from the file to the first session of it; first: its first call, from handing inputs over "
+    "to reading the outputs, at the first batch size; both once, and in no other figure"
 )
 REAL = (
     "timed outputs: those of a quarter of the timed runs, drawn at random, beside the same session "

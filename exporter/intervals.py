@@ -23,6 +23,14 @@ with replacement (B. Efron, Annals of Statistics 7, 1979; as many as are indepen
 F. Götze, W. van Zwet, Statistica Sinica 7, 1997), two-sided at 95 %, with the ρ of the pairs'
 ratios. What slows both of a pair alike is in neither.
 
+Where a file was loaded several times, and the loads took turns, each load has a median. Loads
+differ for good, by where their memory lies, so the ratio must hold for others than those that were
+timed: the logarithms of the medians of K loads of both are two samples of K, whose means are apart
+
+    mean a − mean b ± t(0.975; ν) √(s²ₐ/K + s²ᵦ/K)        ν by Welch (B. Welch, Biometrika 34, 1947)
+
+and the interval that is given holds both this one and the bootstrap's.
+
 Far outside: below Q1 − 1.5 (Q3 − Q1) or above Q3 + 1.5 (Q3 − Q1), and far outside that, with 3
 (J. Tukey, Exploratory Data Analysis, 1977). They are counted, and stay in every figure.
 """
@@ -107,6 +115,31 @@ def ratio_interval(
         left -= rows
     low, high = np.percentile(np.concatenate(ratios), [100 * end for end in _ENDS])
     return float(low), float(high)
+
+
+def between_loads(
+    ours: tuple[float, ...], theirs: tuple[float, ...], loads: int
+) -> tuple[float, float]:
+    """Return from where to where ours / theirs lies for other loads; the n-th is of load n % loads.
+
+    Needs two loads or more, each timed, or raises `ValueError`.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    if not 2 <= loads <= min(len(ours), len(theirs)):
+        raise ValueError(f"need two loads or more that were timed, found {loads}")
+    logs = [
+        np.log([np.median(times[load::loads]) for load in range(loads)]) for times in (ours, theirs)
+    ]
+    centre = logs[0].mean() - logs[1].mean()
+    spread = [one.var(ddof=1) / loads for one in logs]
+    total = sum(spread)
+    if not total:
+        return (float(np.exp(centre)),) * 2
+    freedom = (loads - 1) * total**2 / sum(part**2 for part in spread)
+    half = stdtrit(freedom, _ENDS[1]) * np.sqrt(total)
+    return float(np.exp(centre - half)), float(np.exp(centre + half))
 
 
 def independent(times: tuple[float, ...]) -> float:

@@ -107,7 +107,15 @@ def time_in_turn(
                 seen(name, turn, step)
         advance()
     return [
-        Latency(name, size, entrants[name].session.threads, warmup, tuple(times), steady.get(name))
+        Latency(
+            name=name,
+            batch=size,
+            threads=entrants[name].session.threads,
+            warmup=warmup,
+            samples_ms=tuple(times),
+            steady=steady.get(name),
+            loads=1 + len(entrants[name].others),
+        )
         for name, times in samples.items()
     ]
 

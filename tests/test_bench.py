@@ -116,6 +116,7 @@ def test_every_artefact_is_timed_at_every_batch_and_held_against_the_record(bund
         assert one.checked.timed >= 2
         assert one.load_ms > 0 < one.first_ms
         assert one.threads == 1
+    assert {one.loads for one in report.latency} == {3}
     assert report.verdict == "pass"
     assert report.noise.turns == sum(len(x.samples_ms) + x.warmup for x in report.latency)
 
@@ -457,6 +458,13 @@ def test_an_unknown_runtime_names_the_nearest(bundle, bench):
 def test_batches_beyond_the_memory_are_refused_before_anything_is_loaded(bundle, bench):
     with refused(OutOfMemory, "more than this machine's", hint=("--batch",)):
         bench(bundle, asked=msgspec.structs.replace(ASKED, batches=(10**10,)))
+
+
+def test_loads_beyond_the_memory_are_refused(bundle, bench, monkeypatch):
+    size = sum((bundle / f"tinymodel.{name}.onnx").stat().st_size for name in ("fp32", "fp16"))
+    monkeypatch.setattr(environment, "memory_bytes", lambda: 2 * size)
+    with refused(OutOfMemory, "3 loads of 2 files are", hint=("--loads",)):
+        bench(bundle)
 
 
 def test_a_request_reads_as_it_is_written():

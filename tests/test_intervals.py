@@ -7,12 +7,13 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, ttest_ind
 
 from exporter import latency
 from exporter.intervals import (
     FEWEST_PAIRS,
     SUPPORT,
+    between_loads,
     independent,
     outliers,
     percentile_interval,
@@ -122,6 +123,40 @@ def test_the_interval_of_a_ratio_holds_the_true_one(drift, monkeypatch):
         return one.interval[0] <= 1.1 <= one.interval[1]
 
     assert share(monkeypatch, holds, drift=drift, ratio=1.1) >= 0.93
+
+
+@pytest.mark.parametrize("loads", [2, 3, 5])
+def test_loads_that_differ_by_chance_are_not_called_different(loads):
+    """Each load of either is faster or slower for good, by 1 % or so, beside 1 % of noise a run."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(TRIALS):
+        own = np.tile(rng.normal(0, 0.01, (2, loads)), ROUNDS)[:, :ROUNDS]
+        a, b = np.exp(own + rng.normal(0, 0.01, (2, ROUNDS)))
+        one, other = (Latency("", 1, 1, 0, tuple(x), loads=loads) for x in (a, b))
+        wrong += excludes_one(Comparison.of(one, other))
+    assert wrong / TRIALS <= 0.06
+
+
+def test_between_loads_is_welchs_interval_of_their_medians():
+    rng = np.random.default_rng(0)
+    a, b = np.exp(rng.normal(0, 0.1, 40)), np.exp(rng.normal(0, 0.3, 40))
+    logs = [[math.log(np.median(x[load::4])) for load in range(4)] for x in (a, b)]
+    wanted = ttest_ind(*logs, equal_var=False).confidence_interval(0.95)
+    found = between_loads(tuple(a), tuple(b), 4)
+    assert np.log(found) == pytest.approx([wanted.low, wanted.high])
+    assert between_loads((2.0,) * 6, (1.0,) * 6, 3) == pytest.approx((2.0, 2.0))
+    with pytest.raises(ValueError, match="need two loads or more that were timed, found 1"):
+        between_loads((1.0,) * 6, (1.0,) * 6, 1)
+
+
+@pytest.mark.parametrize("loads", [3, 5])
+def test_loads_do_not_hide_three_per_cent_under_two_per_cent_of_noise(loads):
+    rng, told = np.random.default_rng(0), 0
+    for _ in range(TRIALS):
+        a, b = np.exp(rng.normal(0, 0.02, (2, 100)))
+        one, other = (Latency("", 1, 1, 0, tuple(x), loads=loads) for x in (1.03 * a, b))
+        told += Comparison.of(one, other).speed == "slower"
+    assert told / TRIALS >= 0.9
 
 
 # ── Intervals by themselves ─────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from exporter import environment
 from exporter.bench.candidates import (
     Candidate,
     Found,
+    check_loads,
     check_memory,
     find_candidates,
     read_bundles,
@@ -77,6 +78,7 @@ def bench_bundles(
     timing = Timing(batches=asked.batches, runs=asked.runs or _RUNS, seed=asked.seed)
     with TemporaryDirectory() as scratch, ExitStack() as sessions:
         found = find_candidates(bundles, asked, Path(scratch))
+        check_loads(found.candidates, asked.loads)
         doubts = tuple(_doubts_of_threads(asked, found))
         bench = _Bench(asked, timing, found, sessions, progress)
         bench.open()

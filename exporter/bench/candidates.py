@@ -207,12 +207,23 @@ def _check_batch(title: str, profile: Profile, asked: BenchAsked) -> None:
 
 def check_memory(bundles: Sequence[Bundle], batches: Sequence[int]) -> None:
     """Raise `OutOfMemory` if the batches alone would not fit."""
-    memory = environment.memory_bytes()
     sample = sum(prod(bundle.report.source.input.shape) for bundle in bundles)
     needed = 4 * samples.VARIED * sum(batches) * sample
+    what = f"{samples.VARIED} batches of {', '.join(map(str, batches))} samples"
+    _check_memory(needed, what, "lower --batch")
+
+
+def check_loads(candidates: Sequence[Candidate], loads: int) -> None:
+    """Raise `OutOfMemory` if the files, loaded that often, would not fit."""
+    needed = loads * sum(candidate.file.size for candidate in candidates)
+    _check_memory(needed, f"{loads} loads of {len(candidates)} files", "lower --loads")
+
+
+def _check_memory(needed: int, what: str, hint: str) -> None:
+    memory = environment.memory_bytes()
     if memory and needed > memory:
         raise OutOfMemory(
-            f"{samples.VARIED} batches of {', '.join(map(str, batches))} samples are "
-            f"{needed / 1e9:.0f} GB, more than this machine's {memory / 1e9:.0f} GB of memory",
-            hint="lower --batch",
+            f"{what} are {needed / 1e9:.0f} GB, more than this machine's {memory / 1e9:.0f} GB of "
+            "memory",
+            hint=hint,
         )

@@ -33,7 +33,8 @@ class Latency(Found, frozen=True):
     """Every sample that was taken, warm-up excluded. Summaries are derived, never stored.
 
     ``warmup`` are the rounds that were run before, and ``steady`` whether the times had stopped
-    falling or rising by then, None if nobody looked.
+    falling or rising by then, None if nobody looked. The n-th sample is of load n % ``loads`` of
+    the file.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Latency(Found, frozen=True):
     warmup: int
     samples_ms: tuple[float, ...]
     steady: bool | None = None
+    loads: int = 1
 
     def percentile(self, percent: float) -> float:
         """Return the smallest sample that at least ``percent`` % of all do not exceed, in ms."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from exporter.intervals import FEWEST_PAIRS, ratio_interval
+from exporter.intervals import FEWEST_PAIRS, between_loads, ratio_interval
 from exporter.records.base import Verdict
 from exporter.records.latency import Latency
 
@@ -29,8 +29,13 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, latency: Latency, baseline: Latency) -> Comparison:
-        enough = min(len(latency.samples_ms), len(baseline.samples_ms)) >= FEWEST_PAIRS
-        interval = ratio_interval(latency.samples_ms, baseline.samples_ms) if enough else None
+        ours, theirs = latency.samples_ms, baseline.samples_ms
+        interval = None
+        if min(len(ours), len(theirs)) >= FEWEST_PAIRS:
+            interval = ratio_interval(ours, theirs)
+            if (loads := latency.loads) > 1 and loads == baseline.loads:
+                low, high = between_loads(ours, theirs, loads)
+                interval = min(low, interval[0]), max(high, interval[1])
         ratio = latency.p50_ms / baseline.p50_ms
         return cls(latency.name, baseline.name, latency.batch, ratio, interval)
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 RATIO = (
     "times its p50: of the medians, in brackets the 95 % interval of the ratio (bootstrap over "
-    "rounds, as few counted as their correlation leaves); no significant difference where that "
+    "rounds, as few counted as their correlation leaves, and no less than what the loads of a file "
+    "differ by); no significant difference where that "
     f"comes within {ALIKE:.0%} of 1, which two loads of one file differ by; each comparison by "
     "itself, so of 20 between equals one may err"
 )
 LOADED = (
-    "load: from the file to the first session of it; first: its first call, from handing inputs over "
-    "to reading the outputs, at the first batch size; both once, and in no other figure"
+    "load: from the file to the first session of it; first: its first call, from handing inputs "
+    "over to reading outputs, at the first batch size; both once, and in no other figure"
 )
 REAL = (
     "timed outputs: those of a quarter of the timed runs, drawn at random, beside the same session "

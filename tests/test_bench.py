@@ -27,6 +27,7 @@ from exporter.records import (
     BenchReport,
     Checked,
     Fit,
+    Gpu,
     Latency,
     Noise,
     Timed,
@@ -320,6 +321,21 @@ def test_each_figure_stands_beside_what_it_is():
     for word in ("within the budget:", "timed outputs:", "governor not told", "A CPU"):
         assert word in page
     assert "needs 5,936 more" in page
+
+
+def test_the_devices_own_times_stand_apart_and_are_compared_with_nothing():
+    gpu = Gpu("A GPU", 3, (1500, 1700), (5000, 5000), (40, 60), (70.0, 210.0))
+    own = Latency("A, CUDA events", 1, 1, 5, (1.0,) * 100)
+    report = msgspec.structs.replace(simulated({1: 2.0}), on_device=(own,), gpu=gpu)
+    page = benching.to_markdown(report)
+    assert "## By the device's own clock" in page
+    assert "A GPU: SM clock 1500 to 1700 MHz, memory clock 5000 to 5000 MHz" in page
+    assert "by CUDA events:" in page
+    assert report.comparisons == ()
+    assert report.level == {1: ("A",)}
+    found = json.loads(benching.to_json(report))
+    assert found["on_device"][0]["p90_ms"] == 1.0
+    assert found["gpu"]["sm_mhz"] == [1500, 1700]
 
 
 def test_checks_that_were_not_made_are_no_verdict():

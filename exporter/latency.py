@@ -13,6 +13,9 @@ Warm-up is over, for a candidate, when its times have stopped falling and rising
 successive windows of rounds the median has moved by 2 % at most, or lies within what the other
 window saw. It ends when that was so for each, or after 12 windows, and then that is said. Nothing
 that is timed after it is left out.
+
+A file may be loaded several times, and its loads take turns: two loads of one file were measured to
+differ by up to 9 % for good (a network of 20 µs), so that one of each says little of the files.
 """
 
 from __future__ import annotations

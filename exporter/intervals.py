@@ -70,7 +70,7 @@ def samples_missing(percent: float, count: int) -> int:
     return max(0, SUPPORT[percent] - count)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def percentile_interval(times: tuple[float, ...], percent: float) -> tuple[float, float]:
     """Return from where to where a percentile lies.
 
@@ -90,7 +90,7 @@ def percentile_interval(times: tuple[float, ...], percent: float) -> tuple[float
     return float(ordered[ranks[0] - 1]), float(ordered[ranks[1] - 1])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def ratio_interval(
     ours: tuple[float, ...], theirs: tuple[float, ...], seed: int = 0
 ) -> tuple[float, float]:

@@ -23,11 +23,12 @@ with replacement (B. Efron, Annals of Statistics 7, 1979; as many as are indepen
 F. Götze, W. van Zwet, Statistica Sinica 7, 1997), two-sided at 95 %, with the ρ of the pairs'
 ratios. What slows both of a pair alike is in neither.
 
-Where a file was loaded several times, and the loads took turns, each load has a median. Loads
-differ for good, by where their memory lies, so the ratio must hold for others than those that were
-timed: the logarithms of the medians of K loads of both are two samples of K, whose means are apart
+Where a file was loaded several times, and the loads took turns, loads differ for good, by where
+their memory lies, and the ratio must hold for others than those that were timed: the n-th load of
+one was timed in the rounds of the n-th of the other, and d is the median of log(ours / theirs) over
+those rounds. The K values of d are a sample, whose mean lies in
 
-    mean a − mean b ± t(0.975; ν) √(s²ₐ/K + s²ᵦ/K)        ν by Welch (B. Welch, Biometrika 34, 1947)
+    d̄ ± t(0.975; K − 1) s / √K        (W. S. Gosset, Biometrika 6, 1908)
 
 and the interval that is given holds both this one and the bootstrap's.
 
@@ -127,19 +128,12 @@ def between_loads(
     import numpy as np
     from scipy.special import stdtrit
 
-    if not 2 <= loads <= min(len(ours), len(theirs)):
+    if not 2 <= loads <= len(ours) == len(theirs):
         raise ValueError(f"need two loads or more that were timed, found {loads}")
-    logs = [
-        np.log([np.median(times[load::loads]) for load in range(loads)]) for times in (ours, theirs)
-    ]
-    centre = logs[0].mean() - logs[1].mean()
-    spread = [one.var(ddof=1) / loads for one in logs]
-    total = sum(spread)
-    if not total:
-        return (float(np.exp(centre)),) * 2
-    freedom = (loads - 1) * total**2 / sum(part**2 for part in spread)
-    half = stdtrit(freedom, _ENDS[1]) * np.sqrt(total)
-    return float(np.exp(centre - half)), float(np.exp(centre + half))
+    logs = np.log(np.asarray(ours) / np.asarray(theirs))
+    found = np.array([np.median(logs[load::loads]) for load in range(loads)])
+    half = stdtrit(loads - 1, _ENDS[1]) * found.std(ddof=1) / math.sqrt(loads)
+    return float(np.exp(found.mean() - half)), float(np.exp(found.mean() + half))
 
 
 def independent(times: tuple[float, ...]) -> float:

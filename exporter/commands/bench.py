@@ -49,7 +49,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     help="Also say the largest batch whose p90 is within so many ms.",
 )
 @click.option(
-    "--loads", type=int, default=3, show_default=True, help="Loads of each file, taken in turn."
+    "--loads", type=int, default=5, show_default=True, help="Loads of each file, taken in turn."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order in each round.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")

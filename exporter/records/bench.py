@@ -29,7 +29,7 @@ class BenchAsked(Asked, frozen=True):
     runs: int | None = None
     seconds: float | None = None
     budget_ms: float | None = None
-    loads: int = 3
+    loads: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:

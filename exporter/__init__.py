@@ -6,6 +6,7 @@
     report = exporter.run("resnet18", exporter.load_profile("default"), Path("build"))
     report.raise_for_parity()
     exporter.check_bundle(Path("build")).raise_for_parity()
+    exporter.bench_bundles([Path("build")])
 
 Or stage by stage, each a function: `fold_batchnorm`, `export_onnx`, `calibrate`, a precision's
 ``convert``, a runtime's ``build`` and ``open``, `collect_outputs`, `compare_outputs`,
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.version import __version__
 
 if TYPE_CHECKING:
+    from exporter.bench import bench_bundles
     from exporter.calibration import calibrate
     from exporter.claims import check_claims
     from exporter.compare import compare_networks
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from exporter.recheck import check_bundle
     from exporter.records import (
         BatchRange,
+        BenchAsked,
         Budget,
         OnnxModel,
         Report,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 # Where each public name lives. It is loaded on first use, so `import exporter` is instant.
 _HOME = {
     "BatchRange": "records",
+    "BenchAsked": "records",
     "Budget": "records",
     "ExportError": "errors",
     "OnnxModel": "records",
@@ -61,6 +65,7 @@ _HOME = {
     "Timing": "records",
     "Tolerance": "records",
     "TorchSession": "reference",
+    "bench_bundles": "bench",
     "calibrate": "calibration",
     "check_bundle": "recheck",
     "check_claims": "claims",
@@ -83,6 +88,7 @@ _HOME = {
 
 __all__ = [
     "BatchRange",
+    "BenchAsked",
     "Budget",
     "ExportError",
     "OnnxModel",
@@ -95,6 +101,7 @@ __all__ = [
     "Tolerance",
     "TorchSession",
     "__version__",
+    "bench_bundles",
     "calibrate",
     "check_bundle",
     "check_claims",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from exporter.commands.bench import bench
 from exporter.commands.networks import claims, compare, flops
 from exporter.commands.options import input_option
 from exporter.errors import ExportError, ProfileError
@@ -159,7 +160,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     ctx.exit(1 if report.verdict in ("fail", "not enough evidence") else 0)
 
 
-for command in (claims, compare, flops):
+for command in (bench, claims, compare, flops):
     main.add_command(command)
 
 

@@ -202,7 +202,29 @@ class Session(Protocol):
         """Return the outputs for one batch."""
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
-        """Put the batch where the model reads it; calling the result runs once, and waits."""
+        """Put the batch where the model reads it; calling the result runs once, and waits.
+
+        What comes back is a `Bound` where a run's outputs can be had afterwards.
+        """
+
+
+@runtime_checkable
+class Bound(Protocol):
+    """A batch in place, that can tell what the last run of it computed."""
+
+    def __call__(self) -> Any:
+        """Run once, and wait."""
+
+    def outputs(self) -> Outputs:
+        """Return what the last run computed, as `Session` does."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session whose device has a clock of its own."""
+
+    def on_device(self, feed: Feed) -> Mapping[str, Callable[[], float]]:
+        """Put the batch in place; each result, by its name, runs once and returns milliseconds."""
 
 
 class Progress(Protocol):
@@ -224,8 +246,10 @@ def silent(what: str, total: int | None = None) -> Iterator[Advance]:  # noqa: A
 __all__ = [
     "Action",
     "Advance",
+    "Bound",
     "Converted",
     "Model",
+    "OnDevice",
     "Plugin",
     "Precision",
     "Progress",

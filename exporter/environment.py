@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,6 +13,7 @@ PACKAGES = (
     *("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "scikit-learn", "safetensors"),
 )
+_VECTOR = re.compile(r"(avx|amx|sse4|fma|f16c|asimd|sve|bf16|i8mm).*|sme2?")
 _BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
 
 
@@ -21,6 +24,8 @@ def capture() -> dict[str, str]:
         "python": platform.python_version(),
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
+        "instructions": instructions(_cpuinfo()),
+        "governor": governor(),
     }
     for package in PACKAGES:
         try:
@@ -36,6 +41,31 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def usable_cores() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not every system has it
+        return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Return the load average of the last minute, or None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def involuntary_switches() -> int | None:
+    """Return how often this process was put aside for another, None if the system is silent."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class OtherLoad:
@@ -76,10 +106,34 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return _field(_cpuinfo(), "model name") or platform.processor() or platform.machine()
+
+
+def instructions(cpuinfo: str) -> str:
+    """Return the vector instruction sets that inference uses, of those that the system lists."""
+    listed = _field(cpuinfo, "flags") or _field(cpuinfo, "Features") or ""
+    return " ".join(sorted(filter(_VECTOR.fullmatch, listed.split()))) or "not told"
+
+
+def governor(root: Path = Path("/sys/devices/system/cpu")) -> str:
+    """Return who sets the processors' frequency, say ``performance``; virtual ones seldom tell."""
+    found = set()
+    for path in root.glob("cpu[0-9]*/cpufreq/scaling_governor"):
+        with suppress(OSError):
+            found.add(path.read_text("ascii", "replace").strip())
+    return ", ".join(sorted(found)) or "not told"
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _field(cpuinfo: str, name: str) -> str | None:
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None

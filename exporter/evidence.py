@@ -20,9 +20,6 @@ in Medicine 26, 2007, 3369–3384):
 
 over every p_gained in its own interval of confidence 1 − γ, γ = 10⁻⁶ (R. Berger, D. Boos, J. Am.
 Stat. Assoc. 89, 1994). The lower bound is the upper one of the gain, negated.
-
-A ratio of two medians of times that were taken in turn: the percentiles of that ratio over pairs
-drawn anew with replacement (B. Efron, Annals of Statistics 7, 1979), two-sided at 95 %.
 """
 
 from __future__ import annotations
@@ -42,8 +39,6 @@ _Z = 1.6448536269514722  # Φ⁻¹(1 − DOUBT)
 _WINDOW = 10.0  # standard deviations beyond which a binomial's outcomes weigh nothing
 _NEAR = 1e-5  # of one sample: differences between drops below it do not matter
 _FAR = 1e-6  # of DOUBT: for rates of gain that what was seen makes implausible
-FEWEST_PAIRS = 20  # of times, from which a ratio's interval holds what it says
-_DRAWS = 4000
 _PASSES, _COARSE, _FINE = 3, 64, 24  # looks for the worst rate: points in the first, in the others
 
 
@@ -158,29 +153,6 @@ def samples_for_drop(lost: int, gained: int, samples: int, wanted: float) -> int
         return None
     score = float(_score(lost, gained, samples, wanted))
     return max(fewest or 0, math.ceil(samples * (_Z / score) ** 2))
-
-
-@lru_cache(maxsize=256)
-def ratio_interval(
-    ours: tuple[float, ...], theirs: tuple[float, ...], seed: int = 0
-) -> tuple[float, float]:
-    """Return from where to where ours / theirs of the medians lies, the n-th of both being a pair.
-
-    Needs `FEWEST_PAIRS` or more, or raises `ValueError`.
-    """
-    import numpy as np
-
-    if len(ours) != len(theirs) or len(ours) < FEWEST_PAIRS:
-        raise ValueError(
-            f"need {FEWEST_PAIRS} pairs or more, found {len(ours)} and {len(theirs)} times"
-        )
-    drawn = np.random.default_rng(seed).integers(len(ours), size=(_DRAWS, len(ours)))
-    medians = [
-        np.percentile(np.asarray(times)[drawn], 50, axis=1, method="inverted_cdf")
-        for times in (ours, theirs)
-    ]
-    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _share_lower(hits: float, samples: int) -> float:

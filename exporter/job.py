@@ -157,6 +157,10 @@ class Job:
         """Return one batch of held-out samples."""
         return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
 
+    def timed_feeds(self, size: int) -> list[Feed]:
+        """Return the batches of held-out samples that a timing takes in turn."""
+        return samples.varied(self.held_out.inputs, self.input.name, size=size)
+
     def example(self) -> torch.Tensor:
         """Return two held-out samples as the network takes them."""
         import torch
@@ -242,7 +246,7 @@ def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...
 def _check_memory(spec: TensorSpec, profile: Profile) -> None:
     """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways."""
     memory = environment.memory_bytes()
-    count = samples.MOST + profile.parity.random + profile.timing.batches[-1]
+    count = samples.MOST + profile.parity.random + samples.VARIED * max(profile.timing.batches)
     needed = count * prod(spec.shape) * 4
     if memory and needed > memory:
         shape = " × ".join(map(str, spec.shape))

@@ -234,13 +234,7 @@ class _Bench:
 def _time(job: Job, timed: Mapping[str, Session]) -> tuple[tuple[Latency, ...], tuple[str, ...]]:
     """Return every candidate's latency, and the reasons not to trust it."""
     timing = job.profile.timing
-    batches = {size: job.feed(size) for size in timing.batches}
+    batches = {size: job.timed_feeds(size) for size in timing.batches}
     others = environment.OtherLoad()
     latency = measure_latency(timed, batches, timing, progress=job.stage)
-    unsteady = (
-        f"the latency of {found.name} at batch {found.batch} is unsteady: its p90 is "
-        f"{found.p90_ms / found.p50_ms:.1f} times its p50"
-        for found in latency
-        if found.is_unsteady
-    )
-    return latency, (*others.doubt(), *unsteady)
+    return latency, (*others.doubt(), *(why for found in latency for why in found.doubts))

@@ -16,7 +16,7 @@ import msgspec
 import onnx
 
 from exporter import environment
-from exporter.bundle import Manifest, extended_bundle, read_manifest
+from exporter.bundle import extended_bundle
 from exporter.contracts import Converted, Model, Progress, Session, silent
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
@@ -26,10 +26,10 @@ from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, File, Report, Variant
+from exporter.records import Array, Artefact, Report, Variant
 from exporter.reference import TorchSession
-from exporter.renderers import record
 from exporter.runtimes._graph import read_graph
+from exporter.shipped import is_intact, read_bundle
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -56,7 +56,7 @@ def check_bundle(
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
     another interface fails its artefact alone.
     """
-    manifest, before = _read(folder)
+    manifest, before = read_bundle(folder)
     job = Job.resolve(
         model or before.source.model,
         load_profile(folder / "profile.toml"),
@@ -68,7 +68,7 @@ def check_bundle(
         allow_overlap=allow_overlap,
     )
     _check_sources(job, before)
-    intact = {file.name for file in manifest.files if _is_intact(file, folder)}
+    intact = {file.name for file in manifest.files if is_intact(file, folder)}
     with job.stage("fold BatchNorm"):
         folded = fold_batchnorm(job.module, job.example()).module
     with TemporaryDirectory() as scratch, job.threads():
@@ -103,21 +103,6 @@ def check_bundle(
     )
 
 
-def _read(folder: Path) -> tuple[Manifest, Report]:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise InputRefused(
-            f"{str(folder)!r} is not a bundle: it has no readable manifest.json",
-            hint="name the folder that --out named",
-        )
-    try:
-        return manifest, record.parse((folder / "report.json").read_bytes())
-    except OSError as error:
-        raise InputRefused(f"{folder.name}/report.json: {error.strerror}") from error
-    except InputRefused as error:
-        raise InputRefused(f"{folder.name}/report.json: {error}") from error
-
-
 def _check_sources(job: Job, before: Report) -> None:
     """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
     wanted, found = before.source.weights_sha256, job.weights_sha256
@@ -141,12 +126,6 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
-
-
-def _is_intact(file: File, folder: Path) -> bool:
-    """Return whether a file of the manifest is there, and what it was."""
-    path = folder / file.name
-    return path.is_file() and File.of(path, folder) == file
 
 
 @dataclass(frozen=True, slots=True)

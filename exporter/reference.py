@@ -42,10 +42,22 @@ class TorchSession:
     def bind(self, feed: Feed) -> Callable[[], Any]:
         import torch
 
-        tensors = [torch.from_numpy(value).to(self.dtype) for value in feed.values()]
+        return _Bound(self, [torch.from_numpy(v).to(self.dtype) for v in feed.values()])
 
-        def step() -> Any:
-            with torch.inference_mode():
-                return self.module(*tensors)
 
-        return step
+@dataclass(slots=True)
+class _Bound:
+    session: TorchSession
+    tensors: list[torch.Tensor]
+    last: torch.Tensor | None = None
+
+    def __call__(self) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            self.last = self.session.module(*self.tensors)
+        return self.last
+
+    def outputs(self) -> Outputs:
+        assert self.last is not None  # a run came before
+        return {self.session.output: self.last.numpy()}

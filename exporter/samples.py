@@ -22,6 +22,7 @@ Split: TypeAlias = Literal["train", "held-out"]
 HELD_OUT = 360
 MOST = 1797
 MEAN, STD = 0.3056, 0.3763
+VARIED = 4  # batches that a timing takes in turn
 _ANOTHER_SCALE = 8.0
 
 
@@ -203,3 +204,11 @@ def feeds(inputs: Array, name: str, *, size: int) -> Iterator[Feed]:
 
     for start in range(0, len(inputs), size):
         yield {name: inputs.take(np.arange(start, start + size), axis=0, mode="wrap")}
+
+
+def varied(inputs: Array, name: str, *, size: int, count: int = VARIED) -> list[Feed]:
+    """Return ``count`` batches of ``size`` that begin at even distances among the samples."""
+    import numpy as np
+
+    starts = [part * len(inputs) // count for part in range(count)]
+    return [{name: inputs.take(np.arange(s, s + size), axis=0, mode="wrap")} for s in starts]

@@ -12,7 +12,7 @@ import pytest
 from conftest import refused
 from markdown_it import MarkdownIt
 from rich.console import Console
-from scipy.stats import binom, binomtest
+from scipy.stats import binomtest
 
 from exporter.errors import InputRefused
 from exporter.profile import load_profile
@@ -308,7 +308,8 @@ def test_the_json_has_every_figure_that_follows_from_the_record():
     assert cost["intensity"] == pytest.approx(35280000 / 4533504)
     assert cost["uncounted"] == {"Erf": 2}
     latency = table["latency"][0]
-    assert (latency["p50_ms"], latency["p90_ms"], latency["p99_ms"]) == (7.0, 8.0, 8.0)
+    assert (latency["p50_ms"], latency["p90_ms"], latency["p99.9_ms"]) == (7.0, None, None)
+    assert latency["missing"] == {"p50": 8, "p90": 61, "p99": 659, "p99.9": 6633}
     assert latency["per_second"] == pytest.approx(1000 / 7)
     assert (latency["samples"], latency["samples_ms"]) == (3, [8.0, 6.0, 7.0])
 
@@ -583,21 +584,25 @@ def test_the_costs_are_totalled_and_what_was_not_counted_is_named():
     ]
 
 
-def test_the_latency_table_has_percentiles_and_says_when_a_p99_means_little():
+def test_the_latency_table_says_of_each_percentile_how_many_samples_it_lacks():
     one = report(PASSED)
+    lacks = ["needs 61 more", "needs 659 more", "needs 6,633 more", "0"]
     assert tables(one)["candidate"] == [
-        ["PyTorch eager, fp32", "1", "2", "3", "7.00", "8.00", "8.00", "142.9"],
-        ["fp32 on ort-cpu", "1", "1", "3", "3.50", "4.00", "4.00", "285.7"],
+        ["PyTorch eager, fp32", "1", "2", "3", "7.00 (needs 8 more)", *lacks, "142.9"],
+        ["fp32 on ort-cpu", "1", "1", "3", "3.50 (needs 8 more)", *lacks, "285.7"],
     ]
-    assert "A p99 is only supported by 662 samples or more" in text_of(one)
-    enough = report(PASSED, latency=(Latency("PyTorch", 1, 2, 10, (1.0,) * 662),))
-    assert "p99 is only supported" not in text_of(enough)
 
 
-def test_as_many_samples_support_a_p99_as_binomials_say():
-    """The fewest of which one beyond the shown p99 leaves 99 % confidence in it."""
-    need = next(n for n in range(2, 2000) if binom.cdf(1, n, 0.01) <= 0.01)
-    assert need == figures.EVERY_P99
+def test_a_percentile_stands_beside_its_interval_and_nothing_is_left_out_of_it():
+    """Of 8 and 9 in turn, 700 times, and one of 90: ranks 351, 631 and 694 of 701."""
+    enough = Latency("PyTorch", 1, 2, 10, (8.0, 9.0) * 350 + (90.0,))
+    (row,) = tables(report(PASSED, latency=(enough,)))["candidate"]
+    assert row[3:6] == ["701", "9.00 (8.00 to 9.00)", "9.00 (9.00 to 9.00)"]
+    assert row[6].startswith("9.00 (9.00 to ")
+    assert row[7:] == ["needs 5,935 more", "1", "111.1"]
+    page = text_of(report(PASSED, latency=(enough,)))
+    assert "64, 662, 6,636 samples on for the last three" in page
+    assert "in an order that is drawn anew each round" in page
 
 
 @pytest.mark.parametrize("name", ODD)

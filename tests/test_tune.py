@@ -35,7 +35,7 @@ from exporter.errors import (
 )
 from exporter.fold import fold_batchnorm
 from exporter.profile import Profile, load_profile
-from exporter.records import Budget, TuneReport
+from exporter.records import Budget, Latency, TuneReport
 from exporter.renderers import pareto
 from exporter.runtimes.ort_cpu import OrtCpu
 from exporter.samples import digits
@@ -311,6 +311,14 @@ def test_latencies_are_of_one_run_in_which_all_candidates_take_turns(planted, se
     assert len(rounds) == 1
     assert rounds[0] == [c.name for c in report.candidates if c.latency]
     assert all(len(c.latency.samples_ms) == 5 for c in report.candidates if c.latency)
+
+
+def test_latencies_that_never_became_steady_are_in_doubt():
+    a, b = (Latency(n, 1, 1, 48, (1.0,) * 20, steady=n == "B") for n in "AB")
+    (said,) = loop._unsteady((a, b))
+    assert said == (
+        "the latency of 1 of 2 candidates was still changing after 48 warm-up rounds, say that of A"
+    )
 
 
 # ── It goes on where it stopped ─────────────────────────────────────────────────────

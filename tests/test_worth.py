@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_renderers import FAILED, NOT_RUN, PASSED, UNSHOWN, report
 
-from exporter.evidence import FEWEST_PAIRS, ratio_interval
+from exporter.intervals import FEWEST_PAIRS, ratio_interval
 from exporter.records import Executed, Execution, Latency
 from exporter.renderers import markdown, record, terminal
 
@@ -99,6 +99,14 @@ def test_no_difference_is_no_difference():
     assert comparison.speed == "no significant difference"
     assert "shows no significant difference from fp32 on ort-cpu" in markdown.render(one)
     assert len(one.recommendation.level) == 1
+
+
+def test_what_two_loads_of_one_file_differ_by_is_no_difference():
+    one = of(timed("fp32 on ort-cpu", 1.0), timed("int8 on ort-cpu", 0.991))
+    assert one.comparisons[0].interval == pytest.approx((0.991, 0.991))
+    assert one.comparisons[0].speed == "no significant difference"
+    one = of(timed("fp32 on ort-cpu", 1.0), timed("int8 on ort-cpu", 0.989))
+    assert one.comparisons[0].speed == "faster"
 
 
 def test_few_samples_tell_nothing():

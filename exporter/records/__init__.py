@@ -18,10 +18,22 @@ from exporter.records.asked import (
     check_threads,
 )
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
+from exporter.records.bench import (
+    BenchAsked,
+    BenchReport,
+    Checked,
+    Fit,
+    Gpu,
+    Knee,
+    Noise,
+    NotTimed,
+    Timed,
+)
 from exporter.records.calibration import Convergence, Curve
-from exporter.records.cost import Cost, Latency, LayerCost
+from exporter.records.cost import Cost, LayerCost
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
+from exporter.records.latency import Figure, Latency
 from exporter.records.made import Fate, File, OnnxModel
 from exporter.records.networks import (
     Claim,
@@ -48,10 +60,13 @@ __all__ = [
     "Asked",
     "Bandwidth",
     "BatchRange",
+    "BenchAsked",
+    "BenchReport",
     "Budget",
     "Calibration",
     "Candidate",
     "Ceilings",
+    "Checked",
     "Claim",
     "Claims",
     "Comparison",
@@ -66,15 +81,21 @@ __all__ = [
     "Fate",
     "Feed",
     "Fidelity",
+    "Figure",
     "File",
+    "Fit",
     "Flip",
     "FoldRecord",
     "Found",
+    "Gpu",
     "Gradients",
     "Kernel",
+    "Knee",
     "Latency",
     "LayerCost",
     "LayerError",
+    "Noise",
+    "NotTimed",
     "Objective",
     "OnnxModel",
     "Outputs",
@@ -91,6 +112,7 @@ __all__ = [
     "Stage",
     "Standing",
     "TensorSpec",
+    "Timed",
     "Timing",
     "Tolerance",
     "TuneReport",

@@ -42,11 +42,13 @@ def check_threads(name: str, threads: int) -> None:
 
 
 class Timing(Asked, frozen=True):
-    """How latency is sampled: every candidate in turn, ``runs`` times, at each batch size.
+    """How latency is sampled: all candidates in turn, ``runs`` times, at each batch size.
 
-    Before each timed run a candidate runs untimed for ``settle_ms`` milliseconds or longer, until
-    the threads that the one before it left spinning are asleep. ``pytorch_threads`` are the
-    baseline's, 0 for one per core; a runtime has its own option.
+    Warm-up goes on until the medians of two windows of ``warmup`` rounds agree, and there is none
+    with 0; then ``seed`` sets the order of each round. Before each timed run a candidate runs
+    untimed for ``settle_ms`` milliseconds or longer, until the threads that the one before it left
+    spinning are asleep. ``pytorch_threads`` are the baseline's, 0 for one per core; a runtime has
+    its own option.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -54,6 +56,7 @@ class Timing(Asked, frozen=True):
     runs: int = 100
     pytorch_threads: int = 0
     settle_ms: float = 15.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
@@ -65,9 +68,11 @@ class Timing(Asked, frozen=True):
         if not 0 <= self.settle_ms <= 1000:
             raise ValueError(f"settle_ms must be from 0 to 1000, found {self.settle_ms}")
         check_threads("pytorch_threads", self.pytorch_threads)
+        check_seed(self.seed)
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for what does not seed every generator alike."""
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, found {seed}")
 
@@ -81,7 +86,7 @@ class ParityInputs(Asked, frozen=True):
     def __post_init__(self) -> None:
         if self.random < 1:
             raise ValueError(f"random must be 1 or more, found {self.random}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 class Calibration(Asked, frozen=True):
@@ -93,7 +98,7 @@ class Calibration(Asked, frozen=True):
     def __post_init__(self) -> None:
         if self.images < LEAST_IMAGES:
             raise ValueError(f"images must be {LEAST_IMAGES} or more, found {self.images}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 class Tolerance(Asked, frozen=True, omit_defaults=True):

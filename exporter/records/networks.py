@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from exporter.records.base import Found
-from exporter.records.cost import Cost, Latency
+from exporter.records.cost import Cost
+from exporter.records.latency import Latency
 
 Standing: TypeAlias = Literal["holds", "holds in part", "does not hold", "not checked"]
 

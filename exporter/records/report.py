@@ -8,9 +8,10 @@ from exporter.errors import ParityError
 from exporter.records.asked import TensorSpec
 from exporter.records.base import Found, Verdict, worst
 from exporter.records.calibration import Convergence
-from exporter.records.cost import Cost, Latency
+from exporter.records.cost import Cost
 from exporter.records.execution import Execution
 from exporter.records.fidelity import LayerError, Rung, WorstCase
+from exporter.records.latency import Latency
 from exporter.records.made import Fate, File
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair

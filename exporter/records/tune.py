@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from exporter.records.asked import Tolerance
 from exporter.records.base import Asked, Found, Verdict
-from exporter.records.cost import Latency
+from exporter.records.latency import Latency
 from exporter.records.made import File
 from exporter.records.quality import Parity
 from exporter.records.report import Source, Stage

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from exporter.evidence import FEWEST_PAIRS, ratio_interval
+from exporter.intervals import FEWEST_PAIRS, between_loads, ratio_interval
 from exporter.records.base import Verdict
-from exporter.records.cost import Latency
+from exporter.records.latency import Latency
 
+ALIKE = 0.01  # of a ratio: what the same file, loaded twice, may differ by
 Speed = Literal["faster", "slower", "no significant difference", "too few samples"]
 
 
 class Comparison(NamedTuple):
     """One artefact's latency beside another's: ``ratio`` of medians, with its 95 % interval.
 
-    The interval is None with fewer than `FEWEST_PAIRS` samples. Samples were taken in turn, so that
-    the n-th of both belong together.
+    A difference is one if the whole interval is more than 1 % off, which is what two loads of one
+    file may differ by. The interval is None with fewer than `FEWEST_PAIRS` samples. Samples were
+    taken in turn, so that the n-th of both belong together.
     """
 
     artefact: str
@@ -27,8 +29,13 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, latency: Latency, baseline: Latency) -> Comparison:
-        enough = min(len(latency.samples_ms), len(baseline.samples_ms)) >= FEWEST_PAIRS
-        interval = ratio_interval(latency.samples_ms, baseline.samples_ms) if enough else None
+        ours, theirs = latency.samples_ms, baseline.samples_ms
+        interval = None
+        if min(len(ours), len(theirs)) >= FEWEST_PAIRS:
+            interval = ratio_interval(ours, theirs)
+            if (loads := latency.loads) > 1 and loads == baseline.loads:
+                low, high = between_loads(ours, theirs, loads)
+                interval = min(low, interval[0]), max(high, interval[1])
         ratio = latency.p50_ms / baseline.p50_ms
         return cls(latency.name, baseline.name, latency.batch, ratio, interval)
 
@@ -37,9 +44,9 @@ class Comparison(NamedTuple):
         if self.interval is None:
             return "too few samples"
         low, high = self.interval
-        if low > 1:
+        if low > 1 + ALIKE:
             return "slower"
-        return "faster" if high < 1 else "no significant difference"
+        return "faster" if high < 1 / (1 + ALIKE) else "no significant difference"
 
 
 class Recommendation(NamedTuple):

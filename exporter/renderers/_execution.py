@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from exporter.evidence import FEWEST_PAIRS
+from exporter.intervals import FEWEST_PAIRS
 from exporter.records import Artefact, Comparison, Executed, Execution, Report
 
 _SOURCES = {

@@ -10,7 +10,6 @@ from exporter.evidence import at_least, at_most
 from exporter.records import Artefact, File, Latency, Parity, Report, Verdict
 
 NOT_MADE = "FAIL: not made"
-EVERY_P99 = 662  # samples that support a p99 at 99 % confidence (MLPerf Inference, early stopping)
 
 
 class Row(NamedTuple):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from exporter.records import Artefact, Cost, Latency, Parity, Report
+from exporter.records import Artefact, Cost, Parity, Report
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
+from exporter.renderers import _latency as latency
 from exporter.renderers import _quantised as quantised
 from exporter.renderers import plots
 
@@ -126,7 +127,8 @@ def _worth(report: Report) -> list[str]:
         "## Was it worth it?",
         "",
         "Medians of latency beside those of FP32 and FP16 on the same runtime, with the 95 % "
-        "interval of their ratio (bootstrap over pairs, as all were timed in turn).",
+        "interval of their ratio (bootstrap over rounds, as all were timed in turn); there is no "
+        "significant difference where that comes within 1 % of 1.",
         "",
         *(f"- {_escape(line)}" for line in lines),
     ]
@@ -337,39 +339,17 @@ def _layers(cost: Cost) -> list[str]:
 
 
 def _latency(report: Report) -> list[str]:
-    heads = ("candidate", "batch", "threads", "samples", "p50 ms", "p90 ms", "p99 ms", "images/s")
-    few = any(len(latency.samples_ms) < figures.EVERY_P99 for latency in report.latency)
-    lines = [
+    rounds = max((latency.warmup for latency in report.latency), default=0)
+    notes = (latency.SUPPORTED, latency.FAR, latency.RATE)
+    return [
         "## Latency",
         "",
-        "Wall-clock time of one batch on this machine, after "
-        f"{report.profile['timing']['warmup']} warm-up rounds; all candidates in turn, so that "
-        "drift hits all alike, each after untimed runs of "
-        f"{report.profile['timing']['settle_ms']:g} ms or longer, until the threads of the one "
-        "before it are asleep; inputs in place before the clock starts.",
+        latency.method(report.profile["timing"], rounds),
         "",
-        *_table(heads, map(_latency_row, report.latency)),
+        *_table(latency.HEADS, map(latency.row, report.latency)),
+        "",
+        *(f"- {_escape(note)}" for note in notes),
     ]
-    if few:
-        lines += [
-            "",
-            f"A p99 is only supported by {figures.EVERY_P99} samples or more; with fewer it is "
-            "shown, and means little.",
-        ]
-    return lines
-
-
-def _latency_row(latency: Latency) -> Sequence[str]:
-    return (
-        latency.name,
-        str(latency.batch),
-        str(latency.threads),
-        str(len(latency.samples_ms)),
-        f"{latency.p50_ms:.2f}",
-        f"{latency.p90_ms:.2f}",
-        f"{latency.p99_ms:.2f}",
-        f"{latency.per_second:.1f}",
-    )
 
 
 def _environment(report: Report) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from exporter.errors import InputRefused
-from exporter.records import SCHEMA, Artefact, Cost, Execution, Found, Latency, Parity, Report, Rung
+from exporter.records import SCHEMA, Artefact, Cost, Execution, Found, Parity, Report, Rung
+from exporter.renderers import _latency
 
 
 def render(report: Report) -> str:
@@ -32,7 +33,7 @@ def render(report: Report) -> str:
     for rung, entry in zip(report.rungs, table["rungs"], strict=True):
         _rung(rung, entry)
     for latency, entry in zip(report.latency, table["latency"], strict=True):
-        entry |= _latency(latency)
+        entry |= _latency.to_builtins(latency)
     if report.calibrated:
         table["calibrated"]["settled"] = report.calibrated.settled
     return msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n"
@@ -117,14 +118,4 @@ def cost_figures(cost: Cost) -> dict[str, Any]:
         "intensity": cost.intensity,
         "peak_bytes": cost.peak_bytes,
         "peak_layer": cost.peak_layer,
-    }
-
-
-def _latency(latency: Latency) -> dict[str, Any]:
-    return {
-        "samples": len(latency.samples_ms),
-        "p50_ms": latency.p50_ms,
-        "p90_ms": latency.p90_ms,
-        "p99_ms": latency.p99_ms,
-        "per_second": latency.per_second,
     }

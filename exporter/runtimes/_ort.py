@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -191,11 +190,8 @@ class _Session:
         try:
             found = self.session.run(names, self._typed(feed))
         except Exception as error:  # onnxruntime raises one private class per status code
-            reason = str(error).strip().splitlines()[0]
-            raise BuildError(f"onnxruntime cannot run the graph: {reason}") from error
-        kinds = [output.type for output in self.session.get_outputs()]
-        read = [as_float8(*pair) for pair in zip(found, kinds, strict=True)]
-        return dict(zip(names, read, strict=True))
+            raise _cannot_run(error) from error
+        return _named(self.session, found)
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
         import onnxruntime as ort
@@ -205,7 +201,7 @@ class _Session:
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, self.device))
         for output in self.session.get_outputs():
             binding.bind_output(output.name, self.device)
-        return partial(self.session.run_with_iobinding, binding)
+        return _Bound(self.session, binding)
 
     def _typed(self, feed: Feed) -> dict[str, Any]:
         """Return the feed in the graph's own input types: a graph with half I/O takes halves."""
@@ -213,6 +209,35 @@ class _Session:
         return {
             name: value.astype("float16") if name in half else value for name, value in feed.items()
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    session: Any
+    binding: Any
+
+    def __call__(self) -> None:
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # onnxruntime raises one private class per status code
+            raise _cannot_run(error) from error
+
+    def outputs(self) -> Outputs:
+        return _named(self.session, self.binding.copy_outputs_to_cpu())
+
+
+def _cannot_run(error: Exception) -> BuildError:
+    reason = str(error).strip().splitlines()[0]
+    return BuildError(f"onnxruntime cannot run the graph: {reason}")
+
+
+def _named(session: Any, found: Sequence[Any]) -> Outputs:
+    """Return outputs by their names, as numbers."""
+    outputs = session.get_outputs()
+    return {
+        output.name: as_float8(value, output.type)
+        for output, value in zip(outputs, found, strict=True)
+    }
 
 
 def _only_weights(graph: onnx.GraphProto) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from exporter.contracts import Action, Plugin, Session
 from exporter.errors import BuildError
 from exporter.records import Execution, Feed, OnnxModel, Outputs
-from exporter.runtimes import _cuda, _engine
+from exporter.runtimes import _cuda, _device, _engine
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import check_quantisation, read_graph
 
@@ -144,9 +144,11 @@ class TensorRt(Plugin, frozen=True):
         context = self._context(trt, engine)
         with _cuda.stream() as stream:
             buffers = _cuda.Buffers()
+            session = _EngineSession(trt, cuda, engine, context, stream, buffers)
             try:
-                yield _EngineSession(trt, cuda, engine, context, stream, buffers)
+                yield session
             finally:
+                session.close()
                 buffers.free()
 
     def _context(self, trt: Any, engine: Any) -> Any:
@@ -160,7 +162,7 @@ class TensorRt(Plugin, frozen=True):
         return engine.create_execution_context(config)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _EngineSession:
     trt: Any
     cuda: Any
@@ -169,16 +171,15 @@ class _EngineSession:
     stream: Any
     buffers: _cuda.Buffers
     threads: int = 1  # of the CPU: the one that launches
+    timer: _device.Timer | None = None
+    graphs: _device.Graphs | None = None
 
     def __call__(self, feed: Feed) -> Outputs:
-        import numpy as np
+        self.bind(feed)()
+        return self.outputs()
 
-        step = self.bind(feed)
-        step()
-        outputs = {}
-        for name, (address, shape, dtype) in self._outputs().items():
-            outputs[name] = np.empty(shape, dtype)
-            self._copy(outputs[name].ctypes.data, address, outputs[name].nbytes, "DeviceToHost")
+    def outputs(self) -> Outputs:
+        outputs = self._copy_out()
         _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
         return outputs
 
@@ -199,14 +200,57 @@ class _EngineSession:
         for name, (address, _, _) in self._outputs().items():
             self.context.set_tensor_address(name, address)
         _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
-        handle = int(self.stream)
+        return _Bound(self)
 
-        def step() -> None:
-            if not self.context.execute_async_v3(handle):
-                raise BuildError("the engine could not be executed")
-            _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
+    def on_device(self, feed: Feed) -> dict[str, Callable[[], float]]:
+        """Return a run by CUDA events, one with copies in and out, and one as a CUDA graph."""
+        import numpy as np
 
-        return step
+        self.bind(feed)()  # once before a graph is captured
+        self.timer = self.timer or _device.Timer.of(self.cuda, self.stream)
+        self.graphs = graphs = self.graphs or _device.Graphs(self.cuda, self.stream)
+        given = {
+            name: np.ascontiguousarray(value, self.trt.nptype(self.engine.get_tensor_dtype(name)))
+            for name, value in feed.items()
+        }
+        key = tuple((v.shape, self.buffers.at(n, v.nbytes)) for n, v in given.items())
+
+        def with_copies() -> None:
+            for name, value in given.items():
+                address = self.buffers.at(name, value.nbytes)
+                self._copy(address, value.ctypes.data, value.nbytes, "HostToDevice")
+            self.enqueue()
+            self._copy_out()
+
+        ways = {
+            _device.EVENTS: self.enqueue,
+            _device.COPIES: with_copies,
+            _device.GRAPH: lambda: graphs.launch((*key, *self._places()), self.enqueue),
+        }
+        return {n: _device.Step(self.timer, work, self.outputs) for n, work in ways.items()}
+
+    def _places(self) -> list[int]:
+        return [address for address, _, _ in self._outputs().values()]
+
+    def close(self) -> None:
+        """Let go of what only timing needed."""
+        for made in (self.timer, self.graphs):
+            if made is not None:
+                made.close()
+
+    def enqueue(self) -> None:
+        """Start one run, and do not wait for it."""
+        if not self.context.execute_async_v3(int(self.stream)):
+            raise BuildError("the engine could not be executed")
+
+    def _copy_out(self) -> Outputs:
+        import numpy as np
+
+        outputs = {}
+        for name, (address, shape, dtype) in self._outputs().items():
+            outputs[name] = np.empty(shape, dtype)
+            self._copy(outputs[name].ctypes.data, address, outputs[name].nbytes, "DeviceToHost")
+        return outputs
 
     def _outputs(self) -> dict[str, tuple[int, tuple[int, ...], Any]]:
         """Return each output's address, shape and type, for the input shapes that are set."""
@@ -225,6 +269,18 @@ class _EngineSession:
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         direction = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
         _cuda.call(self.cuda.cudaMemcpyAsync, target, source, size, direction, self.stream)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    session: _EngineSession
+
+    def __call__(self) -> None:
+        self.session.enqueue()
+        _cuda.call(self.session.cuda.cudaStreamSynchronize, self.session.stream)
+
+    def outputs(self) -> Outputs:
+        return self.session.outputs()
 
 
 # ── The library's log ───────────────────────────────────────────────────────────────

@@ -170,7 +170,7 @@ class Search:
         timing = self._timing(sessions)
         size = timing.batches[0]
         others = environment.OtherLoad()
-        found = measure_latency(sessions, {size: job.feed(size)}, timing, progress=job.stage)
+        found = measure_latency(sessions, {size: job.timed_feeds(size)}, timing, progress=job.stage)
         by_name = {latency.name: latency for latency in found}
         self.candidates = [
             msgspec.structs.replace(candidate, latency=by_name.get(candidate.name))
@@ -193,7 +193,7 @@ class Search:
             step()
             seconds = perf_counter() - start
             turn += seconds + max(seconds, timing.settle_ms / 1e3)
-        runs = int(_TIMING * 60 * self.minutes / turn) - timing.warmup
+        runs = int(_TIMING * 60 * self.minutes / turn) - 2 * timing.warmup
         runs = min(timing.runs, max(runs, _FEWEST_RUNS))
         return msgspec.structs.replace(timing, batches=timing.batches[:1], runs=runs)
 
@@ -296,4 +296,10 @@ def _unsteady(found: tuple[Latency, ...]) -> Iterator[str]:
         yield (
             f"the latency of {len(unsteady)} of {len(found)} candidates is unsteady: that of "
             f"{worst} has a p90 of {unsteady[worst]:.1f} times its p50"
+        )
+    changing = [x for x in found if x.steady is False]
+    if changing:
+        yield (
+            f"the latency of {len(changing)} of {len(found)} candidates was still changing after "
+            f"{changing[0].warmup} warm-up rounds, say that of {changing[0].name}"
         )

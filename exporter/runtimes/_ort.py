@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.contracts import Action, Plugin, Session
+from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError, InputRefused
 from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
 from exporter.runtimes import _ort_audit
@@ -56,6 +56,16 @@ class OnnxRuntime(Plugin, frozen=True):
             return str(error)
         has = ort.get_available_providers()
         return None if self.provider in has else f"{self.provider} is not in {', '.join(has)}"
+
+    def identify(self) -> Identity | None:
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            return None
+        return Identity(ort.__version__, None if self.missing("run") else self._device_name())
+
+    def _device_name(self) -> str:
+        return self.device.upper()
 
     def build(self, model: OnnxModel, folder: Path) -> Path:
         return model.path

@@ -7,10 +7,25 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
     *("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
+    "openvino",
     *("tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "scikit-learn", "safetensors"),
 )
+# Linux's names of the instructions that multiply and add in a type, in /proc/cpuinfo.
+_INSTRUCTIONS = {
+    "fp32": {"avx2": "AVX2", "avx512f": "AVX-512", "asimd": "NEON", "sve": "SVE"},
+    "fp16": {"avx512_fp16": "AVX512-FP16", "amx_fp16": "AMX-FP16", "asimdhp": "NEON-FP16"},
+    "bf16": {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "NEON-BF16"},
+    "int8": {
+        "avx512_vnni": "AVX512-VNNI",
+        "avx_vnni": "AVX-VNNI",
+        "amx_int8": "AMX-INT8",
+        "asimddp": "NEON-DOT",
+        "i8mm": "I8MM",
+    },
+}
 _BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
 
 
@@ -36,6 +51,16 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def native_precisions() -> dict[str, tuple[str, ...]]:
+    """Return the instruction sets for each precision that Linux says this CPU has."""
+    flags = _cpu_flags()
+    found = {
+        precision: tuple(name for flag, name in known.items() if flag in flags)
+        for precision, known in _INSTRUCTIONS.items()
+    }
+    return {precision: names for precision, names in found.items() if names}
 
 
 class OtherLoad:
@@ -76,10 +101,18 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> frozenset[str]:
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+
+
+def _cpuinfo(wanted: str) -> str | None:
+    """Return what Linux says of the first core under a key, None elsewhere."""
+    try:
+        lines = _CPUINFO.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() == wanted), None)

@@ -19,6 +19,7 @@ from exporter.records.asked import (
 )
 from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
 from exporter.records.calibration import Convergence, Curve
+from exporter.records.checkup import Checkup, Diagnosis, Trial
 from exporter.records.cost import Cost, Latency, LayerCost
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
@@ -43,10 +44,12 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Ceilings",
+    "Checkup",
     "Comparison",
     "Convergence",
     "Cost",
     "Curve",
+    "Diagnosis",
     "Executed",
     "Execution",
     "Fate",
@@ -77,6 +80,7 @@ __all__ = [
     "TensorSpec",
     "Timing",
     "Tolerance",
+    "Trial",
     "TuneReport",
     "Variant",
     "Verdict",

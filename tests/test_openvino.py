@@ -14,7 +14,9 @@ from onnx import TensorProto, helper
 
 from exporter import plugins
 from exporter.calibration import calibrate
+from exporter.emulation import Emulator
 from exporter.errors import BuildError, ProfileError
+from exporter.fidelity import compare_layers, expose, first_deviation
 from exporter.records import BatchRange, OnnxModel, TensorSpec
 from exporter.samples import digits, feeds, noise
 
@@ -104,6 +106,31 @@ def test_a_model_that_came_out_in_another_type_than_the_graphs_is_refused(tiny_o
         plugins.load_runtime("openvino", {}).open(tiny_onnx.path),
     ):
         pass
+
+
+@needed
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("fp32", {}),
+        ("fp16", {}),
+        ("int8", {"form": "tensorrt"}),
+        ("int8", {"form": "onnxruntime", "linear": True}),
+        ("int8-weights", {}),
+    ],
+)
+def test_every_layer_is_what_the_graph_asked_for_with_all_tensors_read_out(
+    tiny_onnx, tmp_path, precision, options
+):
+    model = converted(tiny_onnx, tmp_path, precision, **options)
+    graph = onnx.load(model.path)
+    onnx.save(expose(graph), tmp_path / "exposed.onnx")
+    x = digits((1, 32, 32), "held-out").inputs[:8]
+    with plugins.load_runtime("openvino", {}).open(tmp_path / "exposed.onnx") as session:
+        found = {"input": x, **session({"input": x})}
+    errors = list(compare_layers(Emulator.of(graph), found))
+    assert len(errors) >= len(graph.graph.node) // 2
+    assert first_deviation(errors) is None
 
 
 # ── In which type layers ran ────────────────────────────────────────────────────────

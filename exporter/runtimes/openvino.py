@@ -141,7 +141,7 @@ class _Session:
     def __call__(self, feed: Feed) -> Outputs:
         request, _ = self._ran(feed)
         return {
-            output.any_name: request.get_tensor(output).data.copy()
+            output.any_name: _as_numbers(request.get_tensor(output).data.copy(), output)
             for output in self.compiled.outputs
         }
 
@@ -171,6 +171,15 @@ class _Session:
         except RuntimeError as error:
             raise BuildError(f"openvino cannot run {self.name}: {_said(error)}") from error
         return request, read
+
+
+def _as_numbers(value: Any, port: Any) -> Any:
+    """Return a tensor as numbers: OpenVINO hands FP8 over as the bytes that hold it."""
+    import onnx
+
+    if port.element_type.get_type_name() != "f8e4m3":
+        return value
+    return value.view(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN))
 
 
 def _core() -> Any:

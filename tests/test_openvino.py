@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from conftest import refused
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from exporter import plugins
 from exporter.calibration import calibrate
@@ -133,6 +133,26 @@ def test_every_layer_is_what_the_graph_asked_for_with_all_tensors_read_out(
     assert first_deviation(errors) is None
 
 
+@needed
+def test_what_is_rounded_twice_on_the_way_to_fp8_is_said_and_found(tiny_onnx, tmp_path):
+    """OpenVINO's values are those that FP16 gives in between, and not those of the graph."""
+    model = converted(tiny_onnx, tmp_path, "fp8")
+    graph = onnx.load(model.path)
+    onnx.save(expose(graph), tmp_path / "exposed.onnx")
+    scale = next(
+        numpy_helper.to_array(t) for t in graph.graph.initializer if t.name == "input_scale"
+    )
+    x = np.random.default_rng(0).uniform(-1, 1, (8, 1, 32, 32)).astype(np.float32)
+    runtime = plugins.load_runtime("openvino", {})
+    with runtime.open(tmp_path / "exposed.onnx") as session:
+        got = session({"input": x})["input_q"]
+    steps = np.clip(x / scale, -448, 448)
+    assert np.array_equal(got, steps.astype(np.float16).astype(got.dtype))
+    assert not np.array_equal(got, steps.astype(got.dtype))
+    assert "rounds to FP16 on the way to FP8" in runtime.describe(model.path)[1]
+    assert len(runtime.describe(tiny_onnx.path)) == 1
+
+
 # ── In which type layers ran ────────────────────────────────────────────────────────
 
 
@@ -193,7 +213,7 @@ def float_input(folder) -> OnnxModel:
         "g",
         [value("x", TensorProto.FLOAT, ["N", 4, 8, 8])],
         [value("y", TensorProto.FLOAT, None)],
-        [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, folder / "float.onnx")

@@ -38,9 +38,15 @@ NOT_FOR_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
 
 
 class OnnxRuntime(Plugin, frozen=True):
-    """ONNX Runtime."""
+    """ONNX Runtime; ``as_written`` runs no pair in integers, and dequantises weights when loaded.
+
+    That is faster for graphs of another form than its own, whose layers run in float anyway: left
+    alone it dequantises their weights in every run, and does not rearrange them (measured, on a CPU
+    with VNNI: 1.04 times FP32's time in place of 1.31, where its own form takes 0.28).
+    """
 
     threads: int = 0
+    as_written: bool = False
 
     provider: ClassVar[str]
     device: ClassVar[str]
@@ -85,6 +91,8 @@ class OnnxRuntime(Plugin, frozen=True):
                 "weights are dequantised once, when the file is loaded: the file is smaller, and "
                 "expect no gain beside that",
             )
+        if self.as_written and is_quantised(graph):
+            return (f"run with {_AS_WRITTEN}=1, as the option as_written asks for",)
         return ()
 
     def executed(self, model: OnnxModel, path: Path) -> Execution | None:
@@ -95,13 +103,15 @@ class OnnxRuntime(Plugin, frozen=True):
         if reason := self.missing("run"):
             return Execution("profile", unknown=reason)
         optimised, kernels = self._profile(model, path)
+        kept = None
+        if has_half_scales(graph):
+            kept = (
+                f"its quantisation scales are half, so {_AS_WRITTEN}=1 keeps its pairs as written"
+            )
+        elif self.as_written:
+            kept = "the runtime's option as_written keeps its pairs as written"
         layers = _ort_audit.executed(
-            asked,
-            graph,
-            optimised,
-            kernels,
-            as_written=_AS_WRITTEN if has_half_scales(graph) else None,
-            explain=self.device == "cpu",
+            asked, graph, optimised, kernels, as_written=kept, explain=self.device == "cpu"
         )
         return Execution("profile", layers)
 
@@ -163,7 +173,8 @@ class OnnxRuntime(Plugin, frozen=True):
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = read_graph(path)
-        if _only_weights(graph) or has_half_scales(graph) or has_float8(graph):
+        needed = _only_weights(graph) or has_half_scales(graph) or has_float8(graph)
+        if needed or (self.as_written and is_quantised(graph)):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 

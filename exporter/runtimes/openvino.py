@@ -23,7 +23,7 @@ from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError, RuntimeMissing
 from exporter.records import Executed, Execution, Feed, OnnxModel, Outputs, check_threads
 from exporter.runtimes._asked import Layer, asked_layers
-from exporter.runtimes._graph import read_graph
+from exporter.runtimes._graph import has_float8, read_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +81,10 @@ class OpenVino(Plugin, frozen=True):
         found = self.identify()
         if found is None or found.device is None:
             return ()
-        return (f"OpenVINO {found.version} on {found.device}, at the graph's own precision",)
+        said = f"OpenVINO {found.version} on {found.device}, at the graph's own precision"
+        if has_float8(read_graph(path)):
+            return (said, "OpenVINO rounds to FP16 on the way to FP8, and so a few values twice")
+        return (said,)
 
     def executed(self, model: OnnxModel, path: Path) -> Execution | None:
         """Return what the compiled model says of each layer, after a run."""

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter import plugins
 from exporter.calibration import calibrate
 from exporter.emulation import Emulator
-from exporter.errors import BuildError, ProfileError
+from exporter.errors import BuildError, InputRefused, ProfileError
 from exporter.fidelity import compare_layers, expose, first_deviation
+from exporter.flops import count_flops
 from exporter.records import BatchRange, OnnxModel, TensorSpec
+from exporter.runtimes import _openvino
 from exporter.samples import digits, feeds, noise
 
 MISSING = plugins.load_runtime("openvino", {}).missing("run")
@@ -239,6 +241,67 @@ def test_what_did_not_run_as_asked_has_its_reason(tmp_path, tiny_onnx):
 def test_a_graph_that_asks_for_nothing_below_fp32_has_nothing_to_say(tiny_onnx):
     runtime = plugins.load_runtime("openvino", {})
     assert runtime.executed(tiny_onnx, tiny_onnx.path) is None
+
+
+# ── Kernels ─────────────────────────────────────────────────────────────────────────
+
+
+@needed
+@pytest.mark.parametrize(
+    ("precision", "options", "kind"),
+    [("fp32", {}, "fp32"), ("int8", {"form": "onnxruntime", "linear": True}, "int8")],
+)
+def test_kernels_compute_what_the_graph_has_and_are_called_as_its_layers(
+    tiny_onnx, tmp_path, precision, options, kind
+):
+    model = converted(tiny_onnx, tmp_path, precision, **options)
+    runtime = plugins.load_runtime("openvino", {"threads": 1})
+    threads, found = runtime.kernels(model.path, batch=3, runs=2, warmup=1)
+    assert threads == 1
+    graph = onnx.load(model.path)
+    weighted = [n.name for n in graph.graph.node if n.op_type in ("Conv", "Gemm")]
+    products = [kernel for kernel in found if kernel.macs]
+    assert sorted(kernel.name for kernel in products) == sorted(weighted)
+    assert {kernel.type for kernel in products} == {kind}
+    wanted = {layer.name: layer.macs for layer in count_flops(graph).layers if layer.macs}
+    assert {k.name: k.macs for k in products} == {n: 3 * macs for n, macs in wanted.items()}
+    assert all(kernel.milliseconds > 0 for kernel in products)
+
+
+@needed
+def test_a_kernels_bytes_are_those_of_what_it_reads_and_writes(tiny_onnx):
+    _, found = plugins.load_runtime("openvino", {}).kernels(
+        tiny_onnx.path, batch=3, runs=1, warmup=0
+    )
+    stem = next(kernel for kernel in found if kernel.op == "Convolution")
+    read, written = 3 * 32 * 32, 3 * 8 * 11 * 11  # 7×7 kernels at stride 3, of 8 channels
+    assert stem.macs == written * 49
+    assert stem.bytes == 4 * (read + written + 8 * 49 + 8)
+
+
+@needed
+def test_kernels_of_a_file_of_another_batch_are_refused(tiny_onnx, tmp_path):
+    model = onnx.load(tiny_onnx.path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "two.onnx")
+    runtime = plugins.load_runtime("openvino", {})
+    with refused(InputRefused, "two.onnx takes a batch of 2, not of 1", hint=None):
+        runtime.kernels(tmp_path / "two.onnx", batch=1, runs=1, warmup=0)
+
+
+@pytest.mark.parametrize(
+    ("op", "reads", "written", "macs"),
+    [
+        ("Convolution", [(2, 6, 9, 9), (4, 6, 3, 3)], (2, 4, 7, 7), 2 * 4 * 7 * 7 * 6 * 9),
+        ("Convolution", [(2, 6, 9, 9), (3, 4, 2, 3, 3)], (2, 12, 7, 7), 2 * 12 * 7 * 7 * 2 * 9),
+        ("Deconvolution", [(2, 6, 4, 4), (6, 5, 2, 2)], (2, 5, 8, 8), 2 * 6 * 16 * 5 * 4),
+        ("FullyConnected", [(3, 7), (10, 7)], (3, 10), 210),
+        ("MatMul", [(3, 5, 7), (3, 7, 2)], (3, 5, 2), 210),
+        ("Eltwise", [(3, 5), (3, 5)], (3, 5), 0),
+    ],
+)
+def test_multiply_accumulates_are_those_of_the_shapes(op, reads, written, macs):
+    assert _openvino._macs(op, reads, written) == macs
 
 
 # ── Sessions ────────────────────────────────────────────────────────────────────────

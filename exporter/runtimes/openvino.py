@@ -13,31 +13,20 @@ none. The batch axis stays free, as the file has it: a compiled model serves the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporter.contracts import Action, Identity, Plugin, Session
-from exporter.errors import BuildError, RuntimeMissing
-from exporter.records import Executed, Execution, Feed, OnnxModel, Outputs, check_threads
-from exporter.runtimes._asked import Layer, asked_layers
+from exporter.errors import BuildError, InputRefused, RuntimeMissing
+from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
+from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import has_float8, read_graph
-
-if TYPE_CHECKING:
-    import onnx
+from exporter.runtimes._openvino import executed, kernel_times
 
 _CHOOSE_ALONE = ("AUTO", "MULTI", "HETERO", "BATCH")  # they fall back from one device to another
-_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
-_TYPES = {
-    "u8": "int8",
-    "i8": "int8",
-    "f8e4m3": "fp8",
-    "f16": "fp16",
-    "bf16": "bf16",
-    "f32": "fp32",
-}
 
 
 class OpenVino(Plugin, frozen=True):
@@ -99,14 +88,38 @@ class OpenVino(Plugin, frozen=True):
         compiled = self._compiled(path, profiled=True)
         zeros = np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
         _Session(compiled, path.name)({spec.name: zeros})
-        return Execution("profile", _executed(asked, compiled.get_runtime_model()))
+        return Execution("profile", executed(asked, compiled.get_runtime_model()))
+
+    def kernels(
+        self, path: Path, *, batch: int, runs: int, warmup: int
+    ) -> tuple[int, tuple[Kernel, ...]]:
+        """Return the threads, and every kernel's median time over the runs, of one batch size."""
+        import numpy as np
+
+        compiled = self._compiled(path, profiled=True, batch=batch)
+        (given,) = compiled.inputs
+        drawn = np.random.default_rng(0).standard_normal(tuple(given.shape))
+        session = _Session(compiled, path.name)
+        request, _read = session.prepared({given.any_name: drawn})
+        times: dict[str, list[float]] = {}
+        for turn in range(warmup + runs):
+            request.start_async()
+            request.wait()
+            for one in request.profiling_info if turn >= warmup else ():
+                if one.status == one.Status.EXECUTED:
+                    times.setdefault(one.node_name, []).append(one.real_time.total_seconds() * 1e3)
+        ran = kernel_times(compiled.get_runtime_model(), times, read_graph(path))
+        return session.threads, tuple(ran)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Session]:
         yield _Session(self._compiled(path), path.name)
 
-    def _compiled(self, path: Path, *, profiled: bool = False) -> Any:
-        """Return the compiled model. Raises `BuildError` where it is not what was asked for."""
+    def _compiled(self, path: Path, *, profiled: bool = False, batch: int | None = None) -> Any:
+        """Return the compiled model, for one batch size if that is given.
+
+        Raises `BuildError` where it is not what was asked for.
+        """
         read_graph(path)  # OpenVINO asks every frontend it has about a file that is not ONNX
         core = _core()
         options: dict[str, Any] = {
@@ -117,7 +130,10 @@ class OpenVino(Plugin, frozen=True):
         if self.device == "CPU":
             options["INFERENCE_NUM_THREADS"] = self.threads
         try:
-            compiled = core.compile_model(core.read_model(path), self.device, options)
+            model = core.read_model(path)
+            if batch is not None:
+                _fix_batch(model, batch, path.name)
+            compiled = core.compile_model(model, self.device, options)
         except RuntimeError as error:
             raise BuildError(f"openvino refused {path.name}: {_said(error)}") from error
         got = compiled.get_property("EXECUTION_DEVICES")
@@ -142,7 +158,7 @@ class _Session:
         return int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def __call__(self, feed: Feed) -> Outputs:
-        request, _ = self._ran(feed)
+        request, _ = self.prepared(feed)
         return {
             output.any_name: _as_numbers(request.get_tensor(output).data.copy(), output)
             for output in self.compiled.outputs
@@ -150,7 +166,7 @@ class _Session:
 
     def bind(self, feed: Feed) -> Callable[[], Any]:
         """Return a step on a request of its own, whose outputs have their memory by then."""
-        request, read = self._ran(feed)
+        request, read = self.prepared(feed)
 
         def step(read: Any = read) -> None:  # noqa: ARG001 - kept: OpenVINO does not own it
             request.start_async()  # unlike `infer`, it copies no outputs
@@ -158,7 +174,7 @@ class _Session:
 
         return step
 
-    def _ran(self, feed: Feed) -> tuple[Any, list[Any]]:
+    def prepared(self, feed: Feed) -> tuple[Any, list[Any]]:
         """Return a request that reads the batch where it lies and has run, and what it reads."""
         import numpy as np
         import openvino
@@ -174,6 +190,16 @@ class _Session:
         except RuntimeError as error:
             raise BuildError(f"openvino cannot run {self.name}: {_said(error)}") from error
         return request, read
+
+
+def _fix_batch(model: Any, batch: int, name: str) -> None:
+    """Give every input one batch size. Raises `InputRefused` for a file of another one."""
+    for port in model.inputs:
+        shape = port.partial_shape
+        if shape[0].is_static and shape[0].get_length() != batch:
+            raise InputRefused(f"{name} takes a batch of {shape[0].get_length()}, not of {batch}")
+        shape[0] = batch
+        model.reshape({port: shape})
 
 
 def _as_numbers(value: Any, port: Any) -> Any:
@@ -198,52 +224,6 @@ def _said(error: Exception) -> str:
     """Return the last line of an error: those before say where in OpenVINO's sources it arose."""
     lines = [line.strip("-. ") for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "it gave no reason"
-
-
-# ── In which type layers ran ────────────────────────────────────────────────────────
-
-
-def _executed(asked: Sequence[Layer], ran: Any) -> tuple[Executed, ...]:
-    """Return every layer with the type that the kernel it became a part of reads.
-
-    The compiled model lists in each of its layers the names of those it was made from; a product
-    whose bias is a layer of its own is called by its name and ``/WithoutBiases``.
-    """
-    kernels = [node for node in ran.get_ordered_ops() if _told(node, "layerType") in _PRODUCTS]
-    records = []
-    for layer in asked:
-        own = [node for node in kernels if _is_of(node, layer.node)]
-        if len(own) != 1:
-            records.append(layer.as_run(None, "no layer of the compiled model can be told its own"))
-            continue
-        precision = _told(own[0], "runtimePrecision")
-        kind = _TYPES.get(precision, precision)
-        records.append(layer.as_run(kind, _reason(layer, own[0])))
-    return tuple(records)
-
-
-def _is_of(kernel: Any, node: onnx.NodeProto) -> bool:
-    names = _told(kernel, "originalLayersNames").split(",")
-    own = (node.name, *node.output)
-    return any(name in own or name.startswith(f"{node.name}/WithoutBiases") for name in names)
-
-
-def _reason(layer: Layer, kernel: Any) -> str:
-    if layer.asked in ("fp16", "bf16"):
-        return (
-            f"OpenVINO has no {layer.asked.upper()} kernel for it on this device, so it rounds the "
-            f"weights to {layer.asked.upper()} and the activations not at all"
-        )
-    if layer.asked == "int8":
-        source = kernel.input_value(0).get_node()
-        names = _told(source, "originalLayersNames") or source.get_friendly_name()
-        return f"its input reaches it in float, from {_told(source, 'layerType')} of {names}"
-    return f"OpenVINO has no kernel for {layer.asked.upper()} on this device and dequantises first"
-
-
-def _told(node: Any, key: str) -> str:
-    info = node.get_rt_info()
-    return str(info[key].astype(str)) if key in info else ""
 
 
 PLUGIN = OpenVino

@@ -49,12 +49,12 @@ def options_of(axis: Axis, name: str) -> tuple[str, ...]:
 
 def remedy(runtime: str, reason: str) -> str:
     """Return what makes a runtime usable for which something is missing."""
+    if "no device" in reason:
+        return "choose a device that is there, or another profile"
     if "GPU" in reason:
         return "choose another profile or target, or a machine with that GPU"
     if "compiler" in reason or "headers" in reason:
         return "install g++ and Python's development package, or choose another profile"
-    if "no device" in reason:
-        return "choose a device that is there, or another profile"
     return f"pip install 'resnet-export[{runtime}]', or choose another profile"
 
 

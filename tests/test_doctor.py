@@ -168,6 +168,7 @@ def test_an_unknown_runtime_is_refused_before_anything_is_tried():
         ("no NVIDIA GPU (no driver)", "a machine with that GPU"),
         ("torch.compile needs a C++ compiler, and found none", "install g++"),
         ("OpenVINO has no device 'NPU' here, but CPU", "choose a device that is there"),
+        ("OpenVINO has no device 'GPU' here, but CPU", "choose a device that is there"),
         ("No module named 'openvino'", "pip install 'resnet-export[openvino]'"),
     ],
 )

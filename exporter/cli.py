@@ -165,14 +165,21 @@ for command in (bench, claims, compare, flops):
 
 
 @main.command()
-def doctor() -> None:
-    """Say which runtimes can build and run on this machine, and why the others cannot."""
-    from exporter import plugins
+@click.argument("runtimes", nargs=-1, metavar="[RUNTIME]...")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
+    """Try every runtime on a small network: what builds and runs here, on what and in which types.
 
-    for name in plugins.names("runtimes"):
-        runtime = plugins.load_runtime(name, {})
-        for action in ("build", "run"):
-            click.echo(f"{name:16} {action:6} {runtime.missing(action) or 'ready'}")
+    With RUNTIMEs, try those alone; one that cannot run here is then an error, of exit code 4.
+    """
+    from exporter.doctor import examine, require
+    from exporter.renderers import checkup
+
+    with _bars() as progress:
+        diagnosis = examine(runtimes, progress=progress)
+    click.echo((checkup.to_json if as_json else checkup.render)(diagnosis), nl=False)
+    if runtimes:
+        require(diagnosis)
 
 
 @main.command()

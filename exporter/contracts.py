@@ -155,11 +155,21 @@ class Precision(Protocol):
         """
 
 
+class Identity(NamedTuple):
+    """Which library a runtime is, and the device that it runs on here, None without one."""
+
+    version: str
+    device: str | None
+
+
 class Runtime(Protocol):
     """Something that can execute an ONNX graph."""
 
     def missing(self, action: Action) -> str | None:
         """Return what this machine lacks to build or to run, or None if it lacks nothing."""
+
+    def identify(self) -> Identity | None:
+        """Return the version and the device in words, or None where the package is not there."""
 
     def build(self, model: OnnxModel, folder: Path) -> Path:
         """Return the file `open` reads: a new one in ``folder``, or the ONNX file itself.
@@ -248,6 +258,7 @@ __all__ = [
     "Advance",
     "Bound",
     "Converted",
+    "Identity",
     "Model",
     "OnDevice",
     "Plugin",

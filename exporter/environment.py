@@ -9,11 +9,26 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
     *("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
+    "openvino",
     *("tensorrt", "tensorrt-rtx", "cuda-python", "numpy", "scikit-learn", "safetensors"),
 )
 _VECTOR = re.compile(r"(avx|amx|sse4|fma|f16c|asimd|sve|bf16|i8mm).*|sme2?")
+# Linux's names of the instructions that multiply and add in a type, in /proc/cpuinfo.
+_INSTRUCTIONS = {
+    "fp32": {"avx2": "AVX2", "avx512f": "AVX-512", "asimd": "NEON", "sve": "SVE"},
+    "fp16": {"avx512_fp16": "AVX512-FP16", "amx_fp16": "AMX-FP16", "asimdhp": "NEON-FP16"},
+    "bf16": {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "NEON-BF16"},
+    "int8": {
+        "avx512_vnni": "AVX512-VNNI",
+        "avx_vnni": "AVX-VNNI",
+        "amx_int8": "AMX-INT8",
+        "asimddp": "NEON-DOT",
+        "i8mm": "I8MM",
+    },
+}
 _BUSY = 0.1  # other processes' share of the processors from which latency is in doubt
 
 
@@ -66,6 +81,16 @@ def involuntary_switches() -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def native_precisions() -> dict[str, tuple[str, ...]]:
+    """Return the instruction sets for each precision that Linux says this CPU has."""
+    flags = _cpu_flags()
+    found = {
+        precision: tuple(name for flag, name in known.items() if flag in flags)
+        for precision, known in _INSTRUCTIONS.items()
+    }
+    return {precision: names for precision, names in found.items() if names}
 
 
 class OtherLoad:
@@ -126,7 +151,7 @@ def governor(root: Path = Path("/sys/devices/system/cpu")) -> str:
 
 def _cpuinfo() -> str:
     try:
-        return Path("/proc/cpuinfo").read_text("utf-8", "replace")
+        return _CPUINFO.read_text("utf-8", "replace")
     except OSError:
         return ""
 
@@ -137,3 +162,8 @@ def _field(cpuinfo: str, name: str) -> str | None:
         if key.strip() == name:
             return value.strip()
     return None
+
+
+def _cpu_flags() -> frozenset[str]:
+    found = _cpuinfo()
+    return frozenset((_field(found, "flags") or _field(found, "Features") or "").split())

@@ -61,6 +61,20 @@ def expose(model: onnx.ModelProto) -> onnx.ModelProto:
     return exposed
 
 
+def unreadable(model: onnx.ModelProto) -> str | None:
+    """Return why a graph's layers cannot be compared, or None: a tensor that `expose` leaves out.
+
+    What stands in for one is not rounded, so that its reader would seem to be off.
+    """
+    import onnx
+
+    for value in onnx.shape_inference.infer_shapes(model).graph.value_info:
+        kind = value.type.tensor_type.elem_type
+        if kind in _UNREADABLE:
+            return f"tensors in {onnx.TensorProto.DataType.Name(kind)} cannot be read out"
+    return None
+
+
 def compare_layers(
     asked: Emulator, found: Mapping[str, Array], *, quantising: bool = False
 ) -> Iterator[LayerError]:

@@ -20,7 +20,7 @@ from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.parity import collect_outputs
-from exporter.plugins import load_model, load_precision, load_runtime
+from exporter.plugins import load_model, load_precision, load_runtime, remedy
 from exporter.profile import Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
 from exporter.samples import Samples
@@ -208,9 +208,7 @@ def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
         if reason := runtime.missing("build"):
             raise RuntimeMissing(
                 f"the runtime {name!r} cannot be used here: {reason}",
-                hint="choose another profile or target, or a machine with that GPU"
-                if "GPU" in reason
-                else f"pip install 'resnet-export[{name}]', or choose another profile",
+                hint=remedy(name, reason),
             )
     return runtimes
 

@@ -24,7 +24,15 @@ from exporter.difference import describe_difference
 from exporter.emulation import Arithmetic, Emulator, emulate
 from exporter.emulation.rounding import LAYERS
 from exporter.errors import GraphError
-from exporter.fidelity import LIMIT, compare_layers, distance, expose, judge_outputs, layer_name
+from exporter.fidelity import (
+    LIMIT,
+    compare_layers,
+    distance,
+    expose,
+    judge_outputs,
+    layer_name,
+    unreadable,
+)
 from exporter.job import Job
 from exporter.parity import compare_outputs
 from exporter.records import Array, Artefact, Fidelity, LayerError, Parity, Rung
@@ -242,6 +250,8 @@ class Ladder:
             return (), asked.unseen
         if path.suffix != ".onnx":
             return (), "an engine gives its outputs alone"
+        if reason := unreadable(onnx.load(path)):
+            return (), reason
         batch = self.job.profile.batch
         feed = self.job.feed(min(max(_LAYERED, batch.min), batch.max))
         with TemporaryDirectory() as folder:

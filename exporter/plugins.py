@@ -62,6 +62,17 @@ def options_of(axis: Axis, name: str) -> tuple[str, ...]:
     return _plugin(axis, name).__struct_fields__
 
 
+def remedy(runtime: str, reason: str) -> str:
+    """Return what makes a runtime usable for which something is missing."""
+    if "no device" in reason:
+        return "choose a device that is there, or another profile"
+    if "GPU" in reason:
+        return "choose another profile or target, or a machine with that GPU"
+    if "compiler" in reason or "headers" in reason:
+        return "install g++ and Python's development package, or choose another profile"
+    return f"pip install 'resnet-export[{runtime}]', or choose another profile"
+
+
 def _plugin(axis: Axis, name: str) -> type[Plugin]:
     if name not in names(axis):
         raise UnknownName(axis.removesuffix("s"), name, names(axis))

@@ -18,7 +18,10 @@ from exporter.errors import UnknownName
 
 ROOT = Path(__file__).resolve().parents[1]
 AXES = ("models", "precisions", "runtimes")
-HEAVY = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "numpy", "rich", "sklearn"}
+HEAVY = {
+    *("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
+    *("numpy", "rich", "sklearn"),
+}
 
 
 def test_imports_point_down(monkeypatch):

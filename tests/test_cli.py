@@ -139,12 +139,46 @@ def test_help_answers_at_once(tmp_path):
     assert min(times) < 0.5
 
 
-def test_doctor_names_every_runtime_and_claims_nothing():
+def test_doctor_names_every_runtime_and_claims_nothing(monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda module, **options: module)
     said = CliRunner().invoke(main, ["doctor"])
     assert said.exit_code == 0
     for name in names("runtimes"):
-        assert len(re.findall(rf"^{name} ", said.output, re.MULTILINE)) == 2
-    assert re.search(r"^ort-cpu +run +ready$", said.output, re.MULTILINE)
+        assert len(re.findall(rf"^{name} ", said.output, re.MULTILINE)) == 1
+    assert re.search(
+        r"^ort-cpu +version \S+, on CPU\n  build  ready\n  run    ready$", said.output, re.MULTILINE
+    )
+
+
+def test_doctor_says_it_all_as_json_too():
+    said = CliRunner().invoke(main, ["doctor", "ort-cpu", "--json"])
+    assert said.exit_code == 0
+    (found,) = json.loads(said.stdout)["runtimes"]
+    assert (found["runtime"], found["ready"], found["device"]) == ("ort-cpu", True, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        (
+            "ort-cuda",
+            4,
+            "Error: the runtime 'ort-cuda' cannot run here: no NVIDIA GPU (no driver)\nHint: ",
+        ),
+        (
+            "ort-gpu",
+            2,
+            "Error: no runtime named 'ort-gpu'\nHint: did you mean 'ort-cpu' or 'ort-cuda'?",
+        ),
+    ],
+)
+def test_doctor_fails_for_a_runtime_that_was_named_and_is_not_there(monkeypatch, name, code, said):
+    monkeypatch.setattr(
+        "exporter.runtimes.ort_cuda.missing_gpu", lambda: "no NVIDIA GPU (no driver)"
+    )
+    done = CliRunner().invoke(main, ["doctor", name])
+    assert done.exit_code == code
+    assert said in done.stderr
 
 
 def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path):

@@ -129,6 +129,22 @@ def test_onnxruntime_says_which_kernel_ran_and_why_it_is_no_integer_one(
     assert bool(execution.missed) == (ran != "int8")
 
 
+def test_pairs_that_an_option_keeps_as_written_are_run_in_float_and_say_so(tmp_path):
+    model = convolution(tmp_path, zero=np.uint8(128))
+    runtime = plugins.load_runtime("ort-cpu", {"as_written": True})
+    (layer,) = runtime.executed(model, model.path).layers
+    assert (layer.asked, layer.ran) == ("int8", "fp32")
+    assert layer.reason == "the runtime's option as_written keeps its pairs as written"
+    assert "as the option as_written asks for" in runtime.describe(model.path)[0]
+    x = np.random.default_rng(1).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    outputs = []
+    for as_written in (False, True):
+        options = {"as_written": as_written}
+        with plugins.load_runtime("ort-cpu", options).open(model.path) as session:
+            outputs.append(session({"x": x})["y"])
+    assert np.abs(outputs[0] - outputs[1]).max() <= 0.1001  # one step of the output's scale
+
+
 def linear(folder, *, bias: bool, relu=False, quantised=False, zero=np.int8(0)) -> OnnxModel:  # noqa: B008 - numpy's scalars are immutable
     """Write Q → Gemm (→ ReLU) (→ Q), and with nothing behind it the output is the graph's."""
     constants = {

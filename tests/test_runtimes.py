@@ -432,6 +432,27 @@ def test_an_engine_that_cannot_be_loaded_is_refused_by_name(device, tmp_path):
         pass
 
 
+def test_a_runtime_on_a_gpu_says_its_name_and_none_where_there_is_no_gpu(device, monkeypatch):
+    class Driver:
+        def cuDeviceGet(self, found, index):  # noqa: N802 - CUDA's name
+            return 0
+
+        def cuDeviceGetName(self, name, size, found):  # noqa: N802
+            name.value = b"NVIDIA Pretended"[: size - 1]
+            return 0
+
+    monkeypatch.setattr(_cuda.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(_cuda, "missing_gpu", lambda: None)
+    monkeypatch.setattr(sys.modules["pretended_trt"], "__version__", "11.1", raising=False)
+    _cuda.device_name.cache_clear()
+    assert FakeEngineRuntime().identify() == ("11.1", "NVIDIA Pretended")
+    monkeypatch.setattr(_cuda, "missing_gpu", lambda: "no NVIDIA GPU")
+    assert FakeEngineRuntime().identify() == ("11.1", None)
+    monkeypatch.setitem(sys.modules, "pretended_trt", None)
+    assert FakeEngineRuntime().identify() is None
+    _cuda.device_name.cache_clear()
+
+
 def test_a_failing_cuda_call_is_named():
     class Status(IntEnum):
         cudaErrorMemoryAllocation = 2  # noqa: N815 - CUDA's name

@@ -32,6 +32,7 @@ from exporter.emulation.rounding import (
     HALVES,
     LAYERS,
     ROUNDOFF,
+    fused_variance,
     input_variance,
     round_to,
     variance,
@@ -52,10 +53,14 @@ _NEAR = 2.0**-6  # of a step: with a hundred values in a tensor, a few lie so ne
 
 
 class Grid(NamedTuple):
-    """What a dequantised tensor's values are multiples of, and the type that holds how many."""
+    """What a dequantised tensor's values are multiples of, and the type that holds how many.
+
+    ``zero`` is how many stand for 0.
+    """
 
     scale: Tensor
     kind: int
+    zero: Tensor
 
     def widths(self, value: Tensor) -> Tensor:
         """Return how wide the steps around each value are. Several scales are of its first axis."""
@@ -184,10 +189,23 @@ class Emulator:
     ) -> Tensor | None:
         """Return the variance of what a node's own rounding adds to ``output``, or None."""
         bias_step = None
+        if step.op in ("Add", "Sub", "Sum"):
+            own = variance(step.op, step.attributes, inputs, output, step.dtype)
+            return None if own is None else own + self._fused(step, inputs)
         found = [self.grids[name] for name in step.reads[:2] if name in self.grids]
         if step.op in LAYERS and [grid.kind != FLOAT8 for grid in found] == [True, True]:
             bias_step = found[0].scale * found[1].scale
         return variance(step.op, step.attributes, inputs, output, step.dtype, bias_step=bias_step)
+
+    def _fused(self, step: Step, inputs: Sequence[Tensor | None]) -> Tensor | float:
+        """Return the variance of a sum whose terms are made in the same kernel."""
+        total: Tensor | float = 0.0
+        for name, term in zip(step.reads, inputs, strict=True):
+            assert term is not None  # a sum has no optional terms
+            grid = self.grids.get(name)
+            shift = None if grid is None else along(grid.zero * grid.scale, term, 0)
+            total = total + fused_variance(term, shift)
+        return total
 
     def noise_variance(
         self, step: Step, inputs: Sequence[Tensor | None], output: Tensor
@@ -317,7 +335,10 @@ def _grids(
     """Yield each dequantised tensor and what it is a multiple of."""
     for step in steps:
         if step.op == "DequantizeLinear" and step.reads[1] in constants:
-            yield step.writes[0], Grid(constants[step.reads[1]], dtypes.get(step.reads[0], 0))
+            scale = constants[step.reads[1]]
+            zero = constants.get(step.reads[2]) if len(step.reads) > 2 else None
+            kind = dtypes.get(step.reads[0], 0)
+            yield step.writes[0], Grid(scale, kind, scale * 0 if zero is None else zero)
 
 
 __all__ = ["Arithmetic", "Emulator", "Step", "Values", "emulate"]

@@ -178,9 +178,23 @@ def input_variance(
         squares = sum((term**2 for term in others if term is not None), x**2)
     elif op in ("Mul", "Div"):
         squares = _of_products(op, steps, inputs)
+    elif op == "Cast":
+        squares = x**2
     else:
         return None
     return ROUNDOFF[dtype] ** 2 / 3 * squares
+
+
+def fused_variance(term: Tensor, shift: Tensor | None) -> Tensor:
+    """Return the variance of a sum for one of its terms, which is made in the same kernel.
+
+    It is not rounded before it is added, by a fused multiply-add; and one that is dequantised,
+    (q − z)·s, may come as q·s − z·s, whose parts may cancel. ``shift`` is z·s.
+    """
+    squares = term**2
+    if shift is not None:
+        squares = squares + (term + shift) ** 2 + shift**2
+    return _SINGLE**2 / 3 * squares
 
 
 def held(value: Tensor, dtype: int) -> Tensor:

@@ -30,6 +30,7 @@ from exporter.records.bench import (
     Timed,
 )
 from exporter.records.calibration import Convergence, Curve
+from exporter.records.checkup import Checkup, Diagnosis, Trial
 from exporter.records.cost import Cost, LayerCost
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
@@ -67,6 +68,7 @@ __all__ = [
     "Candidate",
     "Ceilings",
     "Checked",
+    "Checkup",
     "Claim",
     "Claims",
     "Comparison",
@@ -76,6 +78,7 @@ __all__ = [
     "Cost",
     "Counted",
     "Curve",
+    "Diagnosis",
     "Executed",
     "Execution",
     "Fate",
@@ -115,6 +118,7 @@ __all__ = [
     "Timed",
     "Timing",
     "Tolerance",
+    "Trial",
     "TuneReport",
     "Variant",
     "Verdict",

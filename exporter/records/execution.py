@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from exporter.records.base import Found
 
-Source: TypeAlias = Literal["profile", "engine inspector", "engine text"]
+Source: TypeAlias = Literal["profile", "runtime", "engine inspector", "engine text"]
 
 
 class Executed(Found, frozen=True):
@@ -31,6 +31,8 @@ class Executed(Found, frozen=True):
 
 class Execution(Found, frozen=True):
     """What a runtime says it executes: after a run, or, as a hint, of the file it was built into.
+
+    The source "runtime" is how it was written: it has kernels of one type alone.
 
     ``unknown`` says why nothing could be asked; then no layer is in it, and none is taken to have
     run as asked.

@@ -9,6 +9,7 @@ from exporter.records import Artefact, Comparison, Executed, Execution, Report
 
 _SOURCES = {
     "profile": "by the profile of a run",
+    "runtime": "by how the runtime is made",
     "engine inspector": "by the engine inspector",
     "engine text": "by the text in the engine, a hint: nothing was run",
 }

@@ -57,6 +57,16 @@ def compute_capability() -> str:
     return f"sm{found[0]}{found[1]}"
 
 
+@lru_cache(maxsize=1)
+def device_name() -> str:
+    """Return the first GPU's name. `missing_gpu` must be None."""
+    driver = ctypes.CDLL(_library())
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetName(name, len(name), device)
+    return name.value.decode(errors="replace")
+
+
 def _library() -> str:
     return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 

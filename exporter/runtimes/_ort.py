@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.contracts import Action, Plugin, Session
+from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError, InputRefused
 from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
 from exporter.runtimes import _ort_audit
@@ -37,9 +37,15 @@ NOT_FOR_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
 
 
 class OnnxRuntime(Plugin, frozen=True):
-    """ONNX Runtime."""
+    """ONNX Runtime; ``as_written`` runs no pair in integers, and dequantises weights when loaded.
+
+    That is faster for graphs of another form than its own, whose layers run in float anyway: left
+    alone it dequantises their weights in every run, and does not rearrange them (measured, on a CPU
+    with VNNI: 1.04 times FP32's time in place of 1.31, where its own form takes 0.28).
+    """
 
     threads: int = 0
+    as_written: bool = False
 
     provider: ClassVar[str]
     device: ClassVar[str]
@@ -55,6 +61,16 @@ class OnnxRuntime(Plugin, frozen=True):
             return str(error)
         has = ort.get_available_providers()
         return None if self.provider in has else f"{self.provider} is not in {', '.join(has)}"
+
+    def identify(self) -> Identity | None:
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            return None
+        return Identity(ort.__version__, None if self.missing("run") else self._device_name())
+
+    def _device_name(self) -> str:
+        return self.device.upper()
 
     def build(self, model: OnnxModel, folder: Path) -> Path:
         return model.path
@@ -74,6 +90,8 @@ class OnnxRuntime(Plugin, frozen=True):
                 "weights are dequantised once, when the file is loaded: the file is smaller, and "
                 "expect no gain beside that",
             )
+        if self.as_written and is_quantised(graph):
+            return (f"run with {_AS_WRITTEN}=1, as the option as_written asks for",)
         return ()
 
     def executed(self, model: OnnxModel, path: Path) -> Execution | None:
@@ -84,13 +102,15 @@ class OnnxRuntime(Plugin, frozen=True):
         if reason := self.missing("run"):
             return Execution("profile", unknown=reason)
         optimised, kernels = self._profile(model, path)
+        kept = None
+        if has_half_scales(graph):
+            kept = (
+                f"its quantisation scales are half, so {_AS_WRITTEN}=1 keeps its pairs as written"
+            )
+        elif self.as_written:
+            kept = "the runtime's option as_written keeps its pairs as written"
         layers = _ort_audit.executed(
-            asked,
-            graph,
-            optimised,
-            kernels,
-            as_written=_AS_WRITTEN if has_half_scales(graph) else None,
-            explain=self.device == "cpu",
+            asked, graph, optimised, kernels, as_written=kept, explain=self.device == "cpu"
         )
         return Execution("profile", layers)
 
@@ -152,7 +172,8 @@ class OnnxRuntime(Plugin, frozen=True):
         # Threads that spin after a run would slow whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = read_graph(path)
-        if _only_weights(graph) or has_half_scales(graph) or has_float8(graph):
+        needed = _only_weights(graph) or has_half_scales(graph) or has_float8(graph)
+        if needed or (self.as_written and is_quantised(graph)):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 

@@ -77,7 +77,7 @@ def executed(
 ) -> tuple[Executed, ...]:
     """Return every layer that was asked for fewer bits, with the type of the kernel that ran.
 
-    ``as_written`` is the option that keeps its pairs as they are, None if that is not set;
+    ``as_written`` says why its pairs are kept as they are, None where they are not;
     ``explain`` whether the CPU provider's reasons hold.
     """
     found = _find(asked, graph, optimised)
@@ -150,7 +150,7 @@ def _reason(
     if layer.asked != "int8":
         return f"this provider has no kernel for {layer.asked.upper()} and dequantises first"
     if as_written:
-        return f"its quantisation scales are half, so {as_written}=1 keeps its pairs as written"
+        return as_written
     return _not_quantised(layer.node, graph) or _mixed(node, optimised)
 
 

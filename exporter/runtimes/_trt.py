@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.contracts import Action, Plugin, Session
+from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError
 from exporter.records import Execution, Feed, OnnxModel, Outputs
 from exporter.runtimes import _cuda, _device, _engine
@@ -57,6 +57,12 @@ class TensorRt(Plugin, frozen=True):
     def missing(self, action: Action) -> str | None:
         """Return what is missing to build or to run."""
         return self._missing_package() or _cuda.missing_to_run()
+
+    def identify(self) -> Identity | None:
+        if self._missing_package():
+            return None
+        version = str(import_module(self.package).__version__)
+        return Identity(version, None if self.missing("run") else _cuda.device_name())
 
     def executed(self, model: OnnxModel, path: Path) -> Execution | None:
         """Return what the engine inspector says, or, where none can be had, the engine's text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from exporter.contracts import Action
-from exporter.runtimes._cuda import missing_gpu
+from exporter.runtimes._cuda import device_name, missing_gpu
 from exporter.runtimes._ort import OnnxRuntime
 
 
@@ -20,6 +20,9 @@ class OrtCuda(OnnxRuntime, frozen=True):
         """Return what is missing; listing the provider proves nothing, so a driver must answer."""
         reason = OnnxRuntime.missing(self, action)
         return reason or (missing_gpu() if action == "run" else None)
+
+    def _device_name(self) -> str:
+        return device_name()
 
 
 PLUGIN = OrtCuda

@@ -104,10 +104,11 @@ class TorchGraph:
     threads: int
 
     def __call__(self, feed: Feed) -> Outputs:
-        found = self.bind(feed)()
-        return {n: value.numpy() for n, value in zip(self.outputs, found, strict=True)}
+        bound = self.bind(feed)
+        bound()
+        return bound.outputs()
 
-    def bind(self, feed: Feed) -> Callable[[], Any]:
+    def bind(self, feed: Feed) -> _Bound:
         tensors = self.tensors(feed)
         return self.step(self.module, tensors)
 
@@ -118,25 +119,39 @@ class TorchGraph:
         given = [torch.from_numpy(feed[name]).float() for name in self.inputs]
         return [t.contiguous(memory_format=self.layout) if t.ndim == 4 else t for t in given]
 
-    def step(self, run: Run, tensors: list[torch.Tensor]) -> Callable[[], Any]:
+    def step(self, run: Run, tensors: list[torch.Tensor]) -> _Bound:
         """Return what runs once; the process's number of threads is as before afterwards."""
+        return _Bound(run, tensors, self.outputs, self.threads)
+
+
+@dataclass(slots=True)
+class _Bound:
+    """A batch that is in place, and what the last run of it gave."""
+
+    run: Run
+    tensors: list[torch.Tensor]
+    names: tuple[str, ...]
+    threads: int
+    found: tuple[Any, ...] = ()
+
+    def __call__(self) -> None:
         import torch
 
-        def once() -> tuple[Any, ...]:
-            before = torch.get_num_threads()
+        before = torch.get_num_threads()
+        if before != self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                self.found = self.run(*self.tensors)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise BuildError(f"PyTorch cannot run the graph: {reason}") from error
+        finally:
             if before != self.threads:
-                torch.set_num_threads(self.threads)
-            try:
-                with torch.no_grad():
-                    return run(*tensors)
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0].rstrip(".")
-                raise BuildError(f"PyTorch cannot run the graph: {reason}") from error
-            finally:
-                if before != self.threads:
-                    torch.set_num_threads(before)
+                torch.set_num_threads(before)
 
-        return once
+    def outputs(self) -> Outputs:
+        return {n: value.numpy() for n, value in zip(self.names, self.found, strict=True)}
 
 
 def _laid_out(module: Any, layout: torch.memory_format) -> fx.GraphModule:

@@ -14,7 +14,7 @@ none. The batch axis stays free, as the file has it: a compiled model serves the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,21 +159,11 @@ class _Session:
         return int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def __call__(self, feed: Feed) -> Outputs:
-        request, _ = self.prepared(feed)
-        return {
-            output.any_name: _as_numbers(request.get_tensor(output).data.copy(), output)
-            for output in self.compiled.outputs
-        }
+        return self.bind(feed).outputs()
 
-    def bind(self, feed: Feed) -> Callable[[], Any]:
+    def bind(self, feed: Feed) -> _Bound:
         """Return a step on a request of its own, whose outputs have their memory by then."""
-        request, read = self.prepared(feed)
-
-        def step(read: Any = read) -> None:  # noqa: ARG001 - kept: OpenVINO does not own it
-            request.start_async()  # unlike `infer`, it copies no outputs
-            request.wait()
-
-        return step
+        return _Bound(self.compiled, *self.prepared(feed))
 
     def prepared(self, feed: Feed) -> tuple[Any, list[Any]]:
         """Return a request that reads the batch where it lies and has run, and what it reads."""
@@ -191,6 +181,25 @@ class _Session:
         except RuntimeError as error:
             raise BuildError(f"openvino cannot run {self.name}: {_said(error)}") from error
         return request, read
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """One request, and what it reads, which OpenVINO does not own."""
+
+    compiled: Any
+    request: Any
+    read: list[Any]
+
+    def __call__(self) -> None:
+        self.request.start_async()  # unlike `infer`, it copies no outputs
+        self.request.wait()
+
+    def outputs(self) -> Outputs:
+        return {
+            output.any_name: _as_numbers(self.request.get_tensor(output).data.copy(), output)
+            for output in self.compiled.outputs
+        }
 
 
 def _fix_batch(model: Any, batch: int, name: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.contracts import Action, Session
+from exporter.contracts import Action, Bound, Session
 from exporter.errors import BuildError
 from exporter.records import Feed, Outputs
 from exporter.runtimes._graph import read_graph
@@ -64,10 +64,11 @@ class _Compiled:
         return self.graph.threads
 
     def __call__(self, feed: Feed) -> Outputs:
-        found = self.bind(feed)()
-        return {n: value.numpy() for n, value in zip(self.graph.outputs, found, strict=True)}
+        bound = self.bind(feed)
+        bound()
+        return bound.outputs()
 
-    def bind(self, feed: Feed) -> Callable[[], Any]:
+    def bind(self, feed: Feed) -> Bound:
         tensors = self.graph.tensors(feed)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         if shapes not in self._runs:

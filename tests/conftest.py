@@ -136,3 +136,8 @@ def refused(
     else:
         unsaid = [word for word in hint if word not in (error.hint or "")]
         assert not unsaid, f"the hint {error.hint!r} does not say {unsaid}"
+
+
+def pytest_collection_modifyitems(items):
+    """Let what loads OpenVINO come last: an interrupt in a process that has used it ends it."""
+    items.sort(key=lambda item: item.path.name in ("test_doctor.py", "test_openvino.py"))

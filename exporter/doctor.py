@@ -8,7 +8,6 @@ its layers ran, as in an export (`contracts.Runtime.executed`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import environment, plugins
 from exporter.contracts import Progress, Runtime, silent
+from exporter.cores import usable_cores
 from exporter.errors import ExportError, RuntimeMissing, UnknownName
 from exporter.records import (
     BatchRange,
@@ -59,9 +59,7 @@ def examine(runtimes: Sequence[str] = (), *, progress: Progress = silent) -> Dia
     return Diagnosis(
         tool=TOOL,
         cpu=machine["cpu"],
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cores=usable_cores(),
         native=environment.native_precisions(),
         runtimes=tuple(found),
     )

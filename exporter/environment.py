@@ -58,14 +58,6 @@ def memory_bytes() -> int | None:
         return None
 
 
-def usable_cores() -> int:
-    """Return how many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system has it
-        return os.cpu_count() or 1
-
-
 def load_average() -> float | None:
     """Return the load average of the last minute, or None where the system does not tell."""
     try:

@@ -19,6 +19,7 @@ from exporter import environment
 from exporter.bench import bench_bundles, candidates, real
 from exporter.bundle import write_manifest
 from exporter.cli import main
+from exporter.cores import usable_cores
 from exporter.errors import InputRefused, OutOfMemory, ProfileError, RuntimeMissing, UnknownName
 from exporter.plugins import load_runtime
 from exporter.profile import load_profile
@@ -163,7 +164,7 @@ def test_each_count_of_threads_is_a_candidate_that_computes_with_so_many(bundle,
 
 
 def test_more_threads_than_processors_are_a_doubt(bundle, bench, monkeypatch):
-    monkeypatch.setattr(environment, "usable_cores", lambda: 2)
+    monkeypatch.setattr("exporter.bench.usable_cores", lambda: 2)
     report = bench(bundle, asked=msgspec.structs.replace(ASKED, threads=(3,)))
     assert "3 threads share 2 processors" in report.doubts
 
@@ -512,5 +513,5 @@ def test_this_machine_says_what_it_is():
     found = environment.capture()
     assert found["instructions"]
     assert found["governor"]
-    assert environment.usable_cores() >= 1
+    assert usable_cores() >= 1
     assert load_runtime("ort-cpu", {}).threads == 0

@@ -30,6 +30,7 @@ from exporter.bench.candidates import (
 from exporter.bench.real import Wanted, Watch, check_accuracy, first_run, untimed
 from exporter.bench.ways import ways
 from exporter.contracts import Model, Progress, Session, silent
+from exporter.cores import usable_cores
 from exporter.errors import BuildError, ProfileError, with_hint
 from exporter.latency import Entrant, time_in_turn
 from exporter.plugins import options_of
@@ -114,7 +115,7 @@ def _doubts_of_threads(asked: BenchAsked, found: Found) -> Iterator[str]:
         raise ProfileError(f"the runtime {without[0]!r} has no threads to set")
     if without:
         yield f"the thread counts mean nothing to {', '.join(without)}"
-    cores = environment.usable_cores()
+    cores = usable_cores()
     if max(asked.threads) > cores:
         yield f"{max(asked.threads)} threads share {cores} processors"
 
@@ -194,7 +195,7 @@ class _Bench:
             latency += self._time(size, expected[size], sensors)
         after = environment.involuntary_switches()
         noise = Noise(
-            cores=environment.usable_cores(),
+            cores=usable_cores(),
             load_average=load,
             others=others.share(),
             switches=None if before is None or after is None else after - before,

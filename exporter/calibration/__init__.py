@@ -11,7 +11,6 @@ averages read (`READERS`) get `Magnitudes`.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from exporter.calibration.convergence import convergence
 from exporter.calibration.statistics import FOLDS, Magnitudes, Range
 from exporter.contracts import Advance, Statistics
+from exporter.cores import usable_cores
 from exporter.digests import folds
 from exporter.errors import GraphError, InputRefused
 from exporter.records import Array, Feed
@@ -146,7 +146,7 @@ def _given(
     session: ort.InferenceSession, wanted: list[str], feeds: Iterable[Feed]
 ) -> Iterator[tuple[Feed, list[Array]]]:
     """Yield each sample and what the session gives for it, while the next ones run."""
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     running: deque[tuple[Feed, Future[list[Array]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for sample in _one_by_one(feeds):

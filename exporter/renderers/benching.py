@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from exporter.errors import OutputError
+from exporter.files import write_text
 from exporter.intervals import FEWEST_PAIRS, SUPPORT
 from exporter.records import BenchReport, Comparison, Fit, Knee, Timed
 from exporter.records.worth import ALIKE
@@ -265,10 +266,5 @@ def check_folder(folder: Path) -> None:
 
 def write(report: BenchReport, folder: Path) -> None:
     """Write ``bench.json`` and ``bench.md``. Raises `OutputError`."""
-    try:
-        for name, text in (("bench.json", to_json(report)), ("bench.md", to_markdown(report))):
-            partial = folder / f".{name}.partial"
-            partial.write_text(text, "utf-8")
-            partial.replace(folder / name)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(folder)!r}: {error.strerror or error}") from error
+    write_text(folder / "bench.json", to_json(report))
+    write_text(folder / "bench.md", to_markdown(report))

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
+from exporter.cores import usable_cores
 from exporter.errors import BuildError, InputRefused
 from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
 from exporter.runtimes import _ort_audit
@@ -195,9 +196,7 @@ class OnnxRuntime(Plugin, frozen=True):
         return session
 
     def _thread_count(self) -> int:
-        import os
-
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or usable_cores()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class Offsets(Pairs):
         )
         self._free_biases = {node.name for node in graph.node if self._has_free_bias(node)}
         self.computed: dict[str, tuple[str, float]] = {}
+        self._tensors: dict[str, onnx.TensorProto] = {}  # the constants, once quantised
         self._taken_up: dict[str, Array] = {}  # by a layer's bias for its input, (O,)
         self._moved: dict[str, float] = {}  # a layer's output by its bias
 
@@ -67,14 +68,14 @@ class Offsets(Pairs):
         """Put the pairs into the graph, and what the offsets need."""
         import onnx
 
-        tensors = {t.name: t for t in self.graph.initializer}
+        self._tensors = {t.name: t for t in self.graph.initializer}
         for name in self._reads:
             if name in self.unsigned:
-                scale = onnx.numpy_helper.to_array(tensors[f"{name}_scale"])
+                scale = onnx.numpy_helper.to_array(self._tensors[f"{name}_scale"])
                 self._offset(name, float(scale))
         for node in list(self.graph.node):
             if node.name in self._taken_up or node.name in self._moved:
-                self._write_bias(node, tensors)
+                self._write_bias(node)
         self._drop_unread()
         super().write()
 
@@ -237,14 +238,16 @@ class Offsets(Pairs):
 
     # ── Biases ──────────────────────────────────────────────────────────────────────
 
-    def _write_bias(self, node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> None:
+    def _write_bias(self, node: onnx.NodeProto) -> None:
         import numpy as np
         import onnx
 
         moved = self._moved.get(node.name)
         bias: Array = self._taken_up.get(node.name, 0.0) + np.full(self._rows(node), moved or 0.0)
         if len(node.input) > 2 and node.input[2]:
-            bias = bias + onnx.numpy_helper.to_array(tensors[node.input[2]]).astype(np.float64)
+            bias = bias + onnx.numpy_helper.to_array(self._tensors[node.input[2]]).astype(
+                np.float64
+            )
         del node.input[2:]
         node.input.append(self._constant(f"{node.name}/bias", bias.astype(np.float32)))
         if moved is not None:
@@ -265,10 +268,9 @@ class Offsets(Pairs):
         import numpy as np
         import onnx
 
-        tensors = {t.name: t for t in self.graph.initializer}
         name = node.input[1].removesuffix("_dq")
         whole, scales = (
-            onnx.numpy_helper.to_array(tensors[f"{name}_{part}"]) for part in ("q", "scale")
+            onnx.numpy_helper.to_array(self._tensors[f"{name}_{part}"]) for part in ("q", "scale")
         )
         sums = whole.reshape(len(whole), -1).sum(axis=1, dtype=np.float64)
         return np.asarray(sums * scales.astype(np.float64))

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantisation import alive, exported, images, inverted, residual, statistics_of
+from quantisation import alive, exported, images, inverted, reached, residual, statistics_of
 from torch import nn
 from torch.nn import functional
 
@@ -340,12 +340,6 @@ def test_what_is_never_negative_is_rounded_to_255_steps_in_the_search_too(small)
 
 
 # ── What could overflow, and what is dead ───────────────────────────────────────────
-
-
-def reached(amax: float) -> Range:
-    """Return the range of a tensor that goes as far up as down."""
-    sides = np.full((1, 1), -amax, np.float32), np.full((1, 1), amax, np.float32)
-    return Range(*sides, samples=8)
 
 
 def two_convolutions(weights: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:

@@ -359,5 +359,7 @@ def test_without_the_bindings_onnxruntime_has_the_wall_clock_alone(asked, monkey
 
 
 def test_a_graph_that_is_replayed_is_said_to_be(tiny_onnx):
-    assert OrtCuda(cuda_graph=True).describe(tiny_onnx.path) == ("runs are replayed as CUDA graphs",)
+    assert OrtCuda(cuda_graph=True).describe(tiny_onnx.path) == (
+        "runs are replayed as CUDA graphs",
+    )
     assert OrtCuda().describe(tiny_onnx.path) == ()

@@ -476,3 +476,16 @@ def test_an_engine_for_the_gpu_present_answers_like_pytorch(tiny_module, tiny_on
     with runtime.open(runtime.build(tiny_onnx, tmp_path)) as session:
         got = session({"input": x})["logits"]
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@rtx
+def test_the_header_of_an_engine_is_judged_without_loading_it(tiny_onnx, tmp_path):
+    """A whole header is not called broken, and a broken one is; no GPU makes neither valid."""
+    runtime = plugins.load_runtime("tensorrt-rtx", {"targets": ["sm89"]})
+    engine = runtime.build(tiny_onnx, tmp_path)
+    whole = runtime.validity(engine)
+    (tmp_path / "broken.engine").write_bytes(b"x" * 64)
+    assert "malformed engine" not in whole.reasons
+    assert runtime.validity(tmp_path / "broken.engine") == ("invalid", ("malformed engine",))
+    if _cuda.missing_gpu():
+        assert whole == ("invalid", ())

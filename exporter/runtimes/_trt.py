@@ -80,7 +80,7 @@ class TensorRt(Plugin, frozen=True):
     def _inspect(self, model: OnnxModel, path: Path) -> str:
         """Return the engine inspector's JSON, for the batch that the engine is tuned for."""
         trt = import_module(self.package)
-        said = _listen(trt)
+        said = listen(trt)
         runtime = trt.Runtime(said.logger)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -97,7 +97,7 @@ class TensorRt(Plugin, frozen=True):
         check_quantisation(graph, model.path.name)
         self.refuse(graph, model.path.name)
         trt = import_module(self.package)
-        said = _listen(trt)
+        said = listen(trt)
         builder = trt.Builder(said.logger)  # builder, network, parser: none keeps another alive
         network = builder.create_network(_strongly_typed(trt))
         network.name = model.path.stem
@@ -142,7 +142,7 @@ class TensorRt(Plugin, frozen=True):
     def open(self, path: Path) -> Iterator[Session]:
         trt = import_module(self.package)
         cuda = _cuda.runtime_api()
-        said = _listen(trt)
+        said = listen(trt)
         runtime = trt.Runtime(said.logger)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -301,7 +301,7 @@ class _Said:
 _heard: dict[str, _Said] = {}
 
 
-def _listen(trt: Any) -> _Said:
+def listen(trt: Any) -> _Said:
     """Return the logger with an empty list of errors; the library takes one logger a process."""
     if trt.__name__ not in _heard:
         errors: list[str] = []

@@ -4,7 +4,7 @@ MODEL   ?= resnet18
 BIN     := .venv/bin
 COMMA   := ,
 
-.PHONY: help export test check weights bench mutation quantization clean
+.PHONY: help export test check weights bench mutation quantization gpu clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -33,6 +33,12 @@ mutation: .venv/ready-default    ## seed conversion bugs, and count those that t
 
 quantization: .venv/ready-default    ## INT8 against the real peers, installed beside; see its --help
 	PYTHONPATH=benchmarks $(BIN)/python -m quantization $(BENCH)
+
+# With the environment that is here, or else the Python that is here if it has PyTorch, so that it
+# runs where nothing can be installed; what neither has is skipped, step by step.
+gpu:      ## everything that needs an NVIDIA GPU, in under 10 minutes; what is lacking is skipped, by name
+	@test -x $(BIN)/python || $(PYTHON) -c 'import msgspec, torch' 2>/dev/null || $(MAKE) --no-print-directory PROFILE=default .venv/ready-gpu || true
+	PYTHONPATH=.:benchmarks $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m gpu $(GPU)
 
 clean:    ## remove what the targets above made
 	rm -rf .venv build

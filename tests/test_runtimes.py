@@ -464,20 +464,6 @@ def test_a_failing_cuda_call_is_named():
         _cuda.call(cudaMalloc, 1)
 
 
-@pytest.mark.gpu
-@rtx
-def test_an_engine_for_the_gpu_present_answers_like_pytorch(tiny_module, tiny_onnx, tmp_path):
-    if reason := _cuda.missing_gpu():
-        pytest.skip(reason)
-    runtime = plugins.load_runtime("tensorrt-rtx", {"targets": ["current"]})
-    x = noise((1, 32, 32), count=3, seed=0)
-    with torch.inference_mode():
-        want = tiny_module(torch.from_numpy(x)).numpy()
-    with runtime.open(runtime.build(tiny_onnx, tmp_path)) as session:
-        got = session({"input": x})["logits"]
-    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
-
-
 @rtx
 def test_the_header_of_an_engine_is_judged_without_loading_it(tiny_onnx, tmp_path):
     """A whole header is not called broken, and a broken one is; no GPU makes neither valid."""

@@ -1,0 +1,178 @@
+"""A run on a card as a page; all of it follows from the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from exporter.records import Cost, Gpu, Latency
+from exporter.renderers import _latency as shown
+from exporter.renderers.benching import DEVICE
+from exporter.renderers.markdown import _escape as escape
+from exporter.renderers.markdown import _table as table
+from gpu import parity, roof
+from gpu.candidates import PRECISIONS, RUNTIMES
+
+Record = Mapping[str, Any]
+
+
+def render(record: Record) -> str:
+    """Return the page as Markdown."""
+    card, found = record["card"], {step["name"]: step["found"] for step in record["steps"]}
+    parts = [
+        [f"# {card['name']}: what runs, how right and how fast", ""],
+        ["Date " + record["date"] + ". Nothing here was taken on another device.", ""],
+        ["## Steps", "", *_steps(record["steps"]), ""],
+        _section("Parity on the digits, against float64", _parity(found)),
+        _section("TensorRT-RTX by target", _engines(found.get("engines"))),
+        _section("Ceilings of the card", _ceilings(found.get("ceilings"))),
+        *(
+            _section(f"Latency at batch {at['batch']}", _latency(at, record, found))
+            for at in (found.get("latency") or {}).get("at", ())
+        ),
+        _section("Not timed", _not_timed(found.get("latency"))),
+        _section("Tests that need a GPU", _tests(found.get("tests"))),
+        ["## What the figures are", "", *(f"- {escape(note)}" for note in DEFINITIONS), ""],
+        ["## The machine", "", *_machine(card), ""],
+    ]
+    return "\n".join(line for part in parts for line in part)
+
+
+DEFINITIONS = (
+    "wall clock (a name with nothing behind it): from the launch to the end, inputs and outputs on "
+    "the device; " + DEVICE,
+    "PyTorch and ONNX Runtime with copies: the call that takes and gives the host's own arrays; "
+    "ONNX Runtime waits for the end of each replay of a graph, and that is in its time",
+    shown.SUPPORTED,
+    shown.FAR,
+    shown.RATE,
+    "of the peak: the least time over p50, for the network as a whole: its FLOPs at the measured "
+    "peak of its type, or its weights, inputs and outputs at the memory's bandwidth, whichever is "
+    "more; no fusion and no cache beats it",
+    "of the roofline: the same, summed over the layers with weights, each with the bytes that it "
+    "reads and writes; a cache that keeps tensors from one kernel to the next can beat it",
+    "verdict: the gates of the default profile, on the held-out digits, against the unfolded "
+    "network in float64",
+)
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""] if lines else []
+
+
+def _steps(steps: Sequence[Record]) -> list[str]:
+    rows = [
+        (step["name"], step["state"], f"{step['seconds']:.0f}", step["reason"] or "")
+        for step in steps
+    ]
+    return table(("step", "", "s", "why"), rows)
+
+
+def _parity(found: Record) -> list[str]:
+    rows = []
+    for name in RUNTIMES:
+        for row in found.get(parity.step(name)) or ():
+            title = f"{row['precision']} on {name}"
+            if "refused" in row:
+                rows.append((title, "refused", "", "", "", row["refused"]))
+                continue
+            sqnr = "—" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+            agreeing = "—" if row["agreeing"] is None else f"{row['agreeing']} of {row['samples']}"
+            accuracy = "—" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+            said = "; ".join(filter(None, (row["executed"], *row["missed"], *row["notes"])))
+            rows.append((title, row["verdict"], sqnr, agreeing, accuracy, said))
+    heads = ("artefact", "verdict", "SQNR, dB", "agreeing", "accuracy", "")
+    return table(heads, rows) if rows else []
+
+
+def _engines(rows: Sequence[Record] | None) -> list[str]:
+    said = []
+    for row in rows or ():
+        if "refused" in row:
+            said.append((row["target"], row["precision"], "refused", "", "", row["refused"]))
+            continue
+        size, took = f"{row['bytes'] / 1e6:.1f} MB", f"{row['seconds']:.1f} s"
+        said.append(
+            (row["target"], row["precision"], f"{size}, {took}", row["validity"], row["ran"], "")
+        )
+    heads = ("target", "precision", "built", "validity query", "ran here", "why not")
+    return table(heads, said) if said else []
+
+
+def _ceilings(found: Record | None) -> list[str]:
+    if not found:
+        return []
+    rows = [
+        (f"{kind} product", f"{peak / 1e3:.1f} TFLOP/s") for kind, peak in found["peaks"].items()
+    ]
+    rows += [
+        (f"copy, {int(size) / 2**20:.0f} MiB read and written", f"{rate:,.0f} GB/s")
+        for size, rate in found["bandwidths"].items()
+    ]
+    rows += [(f"host memory, {way}", f"{rate:.1f} GB/s") for way, rate in found["host"].items()]
+    rows += [(what, f"refused: {why}") for what, why in found["refused"].items()]
+    return table(("what", "measured"), rows)
+
+
+def _latency(at: Record, record: Record, found: Record) -> list[str]:
+    if not at["latency"]:
+        return [escape(f"Not timed: {at['why']}.")]
+    timed = msgspec.convert(at["latency"], list[Latency])
+    rows = [
+        (*shown.row(one), *shares(one, record["costs"], found.get("ceilings"), record["pixels"]))
+        for one in sorted(timed, key=lambda one: one.p50_ms)
+    ]
+    lines = table((*shown.HEADS, "of the peak", "of the roofline"), rows)
+    if at["gpu"]:
+        lines += ["", escape(f"{msgspec.convert(at['gpu'], Gpu)}.")]
+    lines += ["", *(f"- in doubt: {escape(why)}" for why in at["doubts"])] if at["doubts"] else []
+    apart = max(at["farthest"].values(), default=None)
+    if apart is not None:
+        lines += ["", f"Timed outputs lie {apart:.1e} from untimed ones at most, relative L2."]
+    return lines
+
+
+def shares(one: Latency, costs: Record, ceilings: Record | None, pixels: int) -> tuple[str, str]:
+    """Return what one latency reaches of the least time, as a whole and layer by layer."""
+    precision = one.name.partition(" ")[0]
+    peak = (ceilings or {}).get("peaks", {}).get(precision)
+    rates = list((ceilings or {}).get("bandwidths", {}).values())
+    if not peak or not rates or precision not in costs:
+        return "not known", "not known"
+    cost = msgspec.convert(costs[precision], Cost)
+    least = roof.least(cost, one.batch, gflops=peak, gigabytes=rates[-1], shape=(1, pixels, pixels))
+    return f"{least.whole_ms / one.p50_ms:.1%}", f"{least.layers_ms / one.p50_ms:.1%}"
+
+
+def _not_timed(found: Record | None) -> list[str]:
+    if not found:
+        return []
+    said: dict[str, str] = dict(found["not timed"])
+    for at in found["at"]:
+        for name, why in at["not timed"].items():
+            said[f"{name} at batch {at['batch']}"] = why
+    return [f"- {escape(name)}: {escape(why)}" for name, why in said.items()]
+
+
+def _tests(found: Record | None) -> list[str]:
+    if not found:
+        return []
+    return [
+        f"{found['passed']} passed.",
+        "",
+        *(f"- failed: {escape(name)}: {escape(why)}" for name, why in found["failed"].items()),
+        *(f"- skipped: {escape(name)}: {escape(why)}" for name, why in found["skipped"].items()),
+    ]
+
+
+def _machine(card: Record) -> Iterator[str]:
+    for what, value in card.items():
+        if what != "environment":
+            yield f"- {escape(f'{what}: {value}')}"
+    said = ", ".join(f"{what} {value}" for what, value in card["environment"].items())
+    yield f"- {escape(said)}"
+
+
+__all__ = ["DEFINITIONS", "PRECISIONS", "render", "shares"]

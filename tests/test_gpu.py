@@ -252,12 +252,13 @@ def on_the_cpu():
 
     def of(name):
         for precision in candidates.PRECISIONS:
-            yield candidates.Candidate(precision, name, Odd(name))
+            yield candidates.Candidate(precision, name, (Odd(name),))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "candidates", of)
         patch.setattr(latency, "candidates", of)
         patch.setattr(latency, "SETTLE_MS", 0.0)
+        patch.setattr(latency, "ROUNDS", 1)
         yield
 
 
@@ -321,7 +322,7 @@ def timed(made, on_the_cpu):
     parity.judge(here(folder, parity.step("tensorrt-rtx"), "tensorrt-rtx"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency.Sensors, "open", lambda: Sensors(Nvml(), 100))
-        return latency.measure(here(folder, "latency", seconds=6.0))
+        return latency.measure(here(folder, "latency", seconds=120.0))
 
 
 def test_what_answered_is_timed_in_turn_and_the_rest_is_named_with_its_reason(timed):
@@ -345,18 +346,71 @@ def test_a_batch_that_does_not_fit_into_the_time_is_not_timed_and_said_to_be_so(
     assert found["at"][0]["why"].endswith("do not fit into the 0 s left")
 
 
-def test_a_card_whose_sensors_do_not_answer_is_timed_all_the_same(made, on_the_cpu, monkeypatch):
+class OwnClock:
+    """A session with a clock of its own, by which one way of timing does not work, or none does."""
+
+    threads = 1
+
+    def __init__(self, *, works):
+        self.works = works
+
+    def __call__(self, feed):
+        return {"logits": feed["input"].reshape(len(feed["input"]), -1)[:, :10]}
+
+    def bind(self, feed):
+        return lambda: None
+
+    def on_device(self, feed):
+        if not self.works:
+            raise RuntimeError("no clock")
+
+        def refuse():
+            raise BuildError("it cannot be captured")
+
+        return {"events": lambda: 1.0, "graph": refuse}
+
+
+@pytest.mark.parametrize(
+    ("works", "timed", "refused"),
+    [
+        (True, {"A", "A, events"}, {"A, graph": "it cannot be captured"}),
+        (False, {"A"}, {"A, by CUDA events": "RuntimeError: no clock"}),
+    ],
+)
+def test_a_way_of_timing_that_does_not_work_costs_no_other(on_the_cpu, works, timed, refused):
+    found = latency._Time(32, 2, {"A": (None, OwnClock(works=works))}).within(60.0)
+    assert {one.name for one in found["latency"]} == timed
+    assert found["not timed"] == refused
+
+
+def test_a_card_whose_sensors_do_not_answer_is_timed_all_the_same(on_the_cpu, monkeypatch):
     class Mute(Nvml):
         def device_get_power_usage(self, gpu):
             raise OSError("Not Supported")
 
-    folder, _ = made
-    parity.judge(here(folder, parity.step("ort-cuda"), "ort-cuda"))
     monkeypatch.setattr(latency.Sensors, "open", lambda: Sensors(Mute(), 100))
-    for at in latency.measure(here(folder, "latency", seconds=2.0))["at"]:
-        assert at["latency"]
-        assert at["gpu"] is None
-        assert "the GPU's sensors did not answer: OSError: Not Supported" in at["doubts"]
+    found = latency._Time(32, 2, {"A": (None, OwnClock(works=True))}).within(60.0)
+    assert found["latency"]
+    assert found["gpu"] is None
+    assert "the GPU's sensors did not answer: OSError: Not Supported" in found["doubts"]
+
+
+def test_onnxruntime_is_tried_without_graphs_where_it_refuses_them(made, monkeypatch):
+    class Refuses:
+        def __getattr__(self, name):
+            return getattr(load_runtime("ort-cpu", {}), name)
+
+        def open(self, path):
+            raise BuildError("a node stays on the CPU")
+
+    found = list(candidates.candidates("ort-cuda"))
+    assert [[one.cuda_graph for one in each.tries] for each in found] == [[True, False]] * 3
+    here_twice = (Refuses(), load_runtime("ort-cpu", {}))
+    one = candidates.Candidate("fp32", "ort-cuda", here_twice)
+    monkeypatch.setattr(parity, "candidates", lambda name: iter([one]))
+    (row,) = parity.judge(here(made[0], "parity on ort-cuda", "ort-cuda"))
+    assert (row["verdict"], row["try"]) == ("pass", 1)
+    assert "with other options it was refused: a node stays on the CPU" in row["notes"]
 
 
 def test_where_nothing_answers_there_is_nothing_to_time(tmp_path):

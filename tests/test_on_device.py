@@ -160,6 +160,40 @@ def test_a_graph_is_captured_once_for_a_shape_and_again_where_memory_has_moved(s
         assert np.array_equal(step.outputs()["logits"], 2 * x)
 
 
+def test_tensorrt_rtx_replays_by_itself_in_a_context_of_its_own(stream, monkeypatch):
+    """It has a strategy for it; ours captures nothing then."""
+    trt = sys.modules["pretended_trt"]
+    kernels = SimpleNamespace(EAGER="eager")
+    monkeypatch.setattr(trt, "DynamicShapesKernelSpecializationStrategy", kernels, raising=False)
+    strategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    monkeypatch.setattr(trt, "CudaGraphStrategy", strategy, raising=False)
+    configs, contexts = [], []
+
+    def context(self, config):
+        configs.append(vars(config))
+        made = type(self)()
+        made.shape, made.addresses = (), {}
+        contexts.append(made)
+        return made
+
+    doubler = type(trt.Runtime(None).deserialize_cuda_engine(b"plan"))
+    monkeypatch.setattr(doubler, "create_execution_context", context)
+    monkeypatch.setattr(
+        doubler, "create_runtime_config", lambda self: SimpleNamespace(), raising=False
+    )
+    monkeypatch.setattr(doubler, "get_tensor_shape", lambda self, name: self.shape)
+    with stream.open() as session:
+        for size in (2, 4):
+            x = noise((3,), count=size, seed=size)
+            for step in session.on_device({"input": x}).values():
+                step()
+                assert np.array_equal(step.outputs()["logits"], 2 * x)
+    plain = {"dynamic_shapes_kernel_specialization_strategy": "eager"}
+    assert configs == [plain, plain | {"cuda_graph_strategy": "whole"}]
+    assert contexts[1].shape == (4, 3)
+    assert stream.captures == 0
+
+
 def test_a_capture_that_fails_is_ended(stream):
     graphs = _device.Graphs(stream, 7)
 

@@ -293,6 +293,8 @@ class Device:
         cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out"
     )
 
+    cudaStreamNonBlocking = 1  # noqa: N815
+
     def __init__(self) -> None:
         self.blocks: dict[int, object] = {}
         self.copied: list[str] = []
@@ -312,7 +314,8 @@ class Device:
         self.copied.append(kind)
         return (0,)
 
-    def cudaStreamCreate(self):  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
+        assert flags == self.cudaStreamNonBlocking
         self.streams += 1
         return 0, 7
 

@@ -163,9 +163,12 @@ def test_compiling_on_cuda_needs_triton(monkeypatch):
 def test_it_is_compiled_once_for_each_shape_with_constants_that_a_graph_can_read_in_place(
     clock, tiny_onnx, want, monkeypatch
 ):
+    from torch._inductor import config
+
     compiled, began = [], []
 
     def pretend(module, **options):
+        assert config.triton.cudagraph_or_error  # it would be left out in silence
         compiled.append((module, options))
         return module
 

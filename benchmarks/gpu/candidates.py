@@ -14,23 +14,21 @@ PRECISIONS = ("fp32", "fp16", "int8")
 RUNTIMES = ("torch-eager-cuda", "torch-compile-cuda", "ort-cuda", "tensorrt", "tensorrt-rtx")
 BATCH = BatchRange(1, 8, 256)
 OUTPUT = TensorSpec("logits", (10,))
-# cuDNN's half kernels read channels last; its FP32 kernels are as fast or faster without.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "ort-cuda": {"cuda_graph": True},
-    "tensorrt-rtx": {"targets": ["current"]},
+# In the order in which they are tried. cuDNN's half kernels read channels last; and ONNX Runtime
+# refuses to capture a graph of which a node stays on the CPU.
+_TRIES: dict[str, tuple[dict[str, Any], ...]] = {
+    "ort-cuda": ({"cuda_graph": True}, {}),
+    "tensorrt-rtx": ({"targets": ["current"]},),
 }
-_HALF: dict[str, dict[str, Any]] = {
-    "torch-eager-cuda": {"channels_last": True},
-    "torch-compile-cuda": {"channels_last": True},
-}
+_HALF = {name: ({"channels_last": True},) for name in RUNTIMES if name.startswith("torch-")}
 
 
 class Candidate(NamedTuple):
-    """A graph on a runtime."""
+    """A graph on a runtime, with the options to try."""
 
     precision: str
     name: str
-    runtime: Runtime
+    tries: tuple[Runtime, ...]
 
     @property
     def title(self) -> str:
@@ -40,8 +38,10 @@ class Candidate(NamedTuple):
 def candidates(name: str) -> Iterator[Candidate]:
     """Yield a runtime in each precision."""
     for precision in PRECISIONS:
-        options = _OPTIONS.get(name, {}) | (_HALF.get(name, {}) if precision == "fp16" else {})
-        yield Candidate(precision, name, load_runtime(name, options))
+        tries = _TRIES.get(name, ({},))
+        if precision == "fp16":
+            tries = _HALF.get(name, tries)
+        yield Candidate(precision, name, tuple(load_runtime(name, options) for options in tries))
 
 
 def graph(folder: Path, precision: str, pixels: int) -> OnnxModel:

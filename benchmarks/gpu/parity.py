@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from gpu.candidates import OUTPUT, PRECISIONS, Candidate, candidates, graph
+from exporter.contracts import Runtime
+from gpu.candidates import OUTPUT, PRECISIONS, candidates, graph
 from gpu.steps import Here, Skip
 
 
@@ -31,27 +32,32 @@ def judge(here: Here) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for candidate in candidates(here.argument):
         for action in ("build", "run"):
-            if reason := candidate.runtime.missing(action):
+            if reason := candidate.tries[0].missing(action):
                 raise Skip(reason)
         row: dict[str, Any] = {"precision": candidate.precision}
-        try:
-            row |= _judged(here, candidate)
-        except ExportError as error:
-            row["refused"] = with_hint(error)
+        refusals: list[str] = []
+        for number, runtime in enumerate(candidate.tries):
+            try:
+                row |= {"try": number, **_judged(here, candidate.precision, runtime)}
+                row["notes"] += [f"with other options it was refused: {why}" for why in refusals]
+                break
+            except ExportError as error:
+                refusals.append(with_hint(error))
+        else:
+            row["refused"] = refusals[-1]
         rows.append(msgspec.to_builtins(row))
         here.keep(rows, failed=_failure(rows))
     return rows
 
 
-def _judged(here: Here, candidate: Candidate) -> dict[str, Any]:
+def _judged(here: Here, precision: str, runtime: Runtime) -> dict[str, Any]:
     import numpy as np
 
     import exporter
     from exporter.samples import feeds, load_split
 
-    model = graph(here.folder, candidate.precision, here.settings["pixels"])
+    model = graph(here.folder, precision, here.settings["pixels"])
     held_out = load_split("digits", model.input.shape, "held-out")
-    runtime = candidate.runtime
     with ExitStack() as stack:
         path = runtime.build(model, here.folder)
         session = stack.enter_context(runtime.open(path))
@@ -65,7 +71,7 @@ def _judged(here: Here, candidate: Candidate) -> dict[str, Any]:
         np.load(here.folder / "truth.npy"),
         got,
         inputs=held_out.origin,
-        tolerance=exporter.load_profile("default").precision[candidate.precision].tolerance,
+        tolerance=exporter.load_profile("default").precision[precision].tolerance,
         labels=held_out.labels,
     )
     return {
@@ -76,17 +82,17 @@ def _judged(here: Here, candidate: Candidate) -> dict[str, Any]:
         "agreement_proven": parity.agreement_proven,
         "accuracy": parity.accuracy,
         "missed": [*parity.failures, *parity.unproven],
-        "executed": _executed(candidate, model, path),
+        "executed": _executed(runtime, model, path),
         "notes": list(runtime.describe(path)),
     }
 
 
-def _executed(candidate: Candidate, model: Any, path: Any) -> str | None:
+def _executed(runtime: Runtime, model: Any, path: Any) -> str | None:
     """Return how many layers ran as their graph asks, in words; None where it asks nothing."""
     from exporter.errors import ExportError
 
     try:
-        execution = candidate.runtime.executed(model, path)
+        execution = runtime.executed(model, path)
     except ExportError as error:
         return f"not told: {error}"
     if execution is None:

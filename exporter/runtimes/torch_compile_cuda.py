@@ -59,13 +59,15 @@ class _CompiledSession(CudaSession):
         """Return the graph compiled for these shapes, run as often as it takes to be captured.
 
         It is traced first, with values, so that shapes which a graph holds as tensors are numbers;
-        its constants are buffers then, which a captured graph reads where they are.
+        its constants are buffers then, which a captured graph reads where they are. What cannot be
+        captured is refused, where PyTorch by itself would run it without CUDA graphs.
         """
         import torch
+        from torch._inductor import config
         from torch.fx.experimental.proxy_tensor import make_fx
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), config.patch({"triton.cudagraph_or_error": True}):
                 flat = _with_buffers(make_fx(self.graph.module)(*tensors))
                 made = torch.compile(flat, mode="reduce-overhead", fullgraph=True, dynamic=False)
                 run = _step(made)

@@ -7,6 +7,7 @@ runs, on a small network; what a page says of a card is a made-up record's.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,8 +193,20 @@ def test_all_steps_fit_into_ten_minutes_and_name_what_exists():
         assert set(step.needs) <= set(names[: names.index(step.name)])
 
 
-def test_the_makefile_runs_it():
-    assert "-m gpu" in (ROOT / "Makefile").read_text("utf-8")
+@pytest.mark.skipif(_cuda.missing_gpu() is None, reason="this machine has an NVIDIA GPU")
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_gpu_installs_nothing_where_there_is_no_gpu_and_ends_well(tmp_path):
+    told = subprocess.run(
+        ["make", "gpu", f"PYTHON={sys.executable}", f"GPU=--results {tmp_path / 'results'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "latency: skipped: no NVIDIA GPU" in told.stdout
+    assert not (tmp_path / "results").exists()
 
 
 # ── What steps compute ──────────────────────────────────────────────────────────────
@@ -613,6 +626,20 @@ def test_shares_are_the_least_time_over_the_median(record):
     assert whole == f"{want:.1%}"
     assert float(layers.rstrip("%")) >= float(whole.rstrip("%"))
     assert page.shares(one, record["costs"], None, 32) == ("not known", "not known")
+
+
+def test_a_ratio_is_of_two_that_were_timed_in_the_same_way():
+    def taken(name, ms):
+        return page.Latency(name, 1, 1, 6, tuple(ms * (1 + i % 3 / 100) for i in range(30)))
+
+    names = {page.EAGER: 4.0, f"{page.EAGER}, a way": 6.0, "x": 2.0, "x, a way": 1.0, "y, b": 1.0}
+    by_name = {name: taken(name, ms) for name, ms in names.items()}
+    said = {name: page.beside_eager(one, by_name) for name, one in by_name.items()}
+    assert said["x"].startswith("2.00 (")
+    assert said["x, a way"].startswith("6.00 (")
+    assert said["y, b"] == said[page.EAGER] == "—"
+    assert page._figure(by_name["x"], 90.0) == "needs 34 more"
+    assert page._figure(by_name["x"], 50.0).startswith("2.020 (2.0")
 
 
 def test_what_is_kept_is_named_by_the_date_and_the_card(record, tmp_path, capsys):

@@ -7,15 +7,23 @@ from typing import Any
 
 import msgspec
 
+from exporter.intervals import ratio_interval
 from exporter.records import Cost, Gpu, Latency
 from exporter.renderers import _latency as shown
 from exporter.renderers.benching import DEVICE
 from exporter.renderers.markdown import _escape as escape
 from exporter.renderers.markdown import _table as table
 from gpu import parity, roof
-from gpu.candidates import PRECISIONS, RUNTIMES
+from gpu.candidates import RUNTIMES
 
 Record = Mapping[str, Any]
+
+EAGER = "fp32 on torch-eager-cuda"
+PERCENTS = (50.0, 90.0, 99.0)
+HEADS = (
+    *("candidate", "samples", *(f"p{percent:g} ms" for percent in PERCENTS), "far outside"),
+    *("images/s", "times as fast as eager", "of the peak", "of the roofline"),
+)
 
 
 def render(record: Record) -> str:
@@ -48,6 +56,8 @@ DEFINITIONS = (
     shown.SUPPORTED,
     shown.FAR,
     shown.RATE,
+    f"times as fast as eager: beside {EAGER}, timed in the same way in the same rounds; in "
+    "brackets the 95 % interval of the ratio of medians (bootstrap over rounds)",
     "of the peak: the least time over p50, for the network as a whole: its FLOPs at the measured "
     "peak of its type, or its weights, inputs and outputs at the memory's bandwidth, whichever is "
     "more; no fusion and no cache beats it",
@@ -120,11 +130,20 @@ def _latency(at: Record, record: Record, found: Record) -> list[str]:
     if not at["latency"]:
         return [escape(f"Not timed: {at['why']}.")]
     timed = msgspec.convert(at["latency"], list[Latency])
+    by_name = {one.name: one for one in timed}
     rows = [
-        (*shown.row(one), *shares(one, record["costs"], found.get("ceilings"), record["pixels"]))
+        (
+            one.name,
+            str(len(one.samples_ms)),
+            *(_figure(one, percent) for percent in PERCENTS),
+            str(one.outliers.low + one.outliers.high),
+            f"{one.per_second:,.0f}",
+            beside_eager(one, by_name),
+            *shares(one, record["costs"], found.get("ceilings"), record["pixels"]),
+        )
         for one in sorted(timed, key=lambda one: one.p50_ms)
     ]
-    lines = table((*shown.HEADS, "of the peak", "of the roofline"), rows)
+    lines = table(HEADS, rows)
     if at["gpu"]:
         lines += ["", escape(f"{msgspec.convert(at['gpu'], Gpu)}.")]
     lines += ["", *(f"- in doubt: {escape(why)}" for why in at["doubts"])] if at["doubts"] else []
@@ -132,6 +151,24 @@ def _latency(at: Record, record: Record, found: Record) -> list[str]:
     if apart is not None:
         lines += ["", f"Timed outputs lie {apart:.1e} from untimed ones at most, relative L2."]
     return lines
+
+
+def _figure(one: Latency, percent: float) -> str:
+    """Return a percentile to the microsecond, or how many samples it lacks."""
+    figure = one.figure(percent)
+    if figure.ms is None:
+        return f"needs {figure.missing:,} more"
+    low, high = figure.interval or (figure.ms, figure.ms)
+    return f"{figure.ms:.3f} ({low:.3f} to {high:.3f})"
+
+
+def beside_eager(one: Latency, by_name: Mapping[str, Latency]) -> str:
+    """Return how many times as fast one is as eager PyTorch in FP32, timed in the same way."""
+    eager = by_name.get(", ".join((EAGER, *one.name.split(", ", 1)[1:])))
+    if eager is None or eager is one:
+        return "—"
+    low, high = ratio_interval(eager.samples_ms, one.samples_ms)
+    return f"{eager.p50_ms / one.p50_ms:.2f} ({low:.2f} to {high:.2f})"
 
 
 def shares(one: Latency, costs: Record, ceilings: Record | None, pixels: int) -> tuple[str, str]:
@@ -173,6 +210,3 @@ def _machine(card: Record) -> Iterator[str]:
             yield f"- {escape(f'{what}: {value}')}"
     said = ", ".join(f"{what} {value}" for what, value in card["environment"].items())
     yield f"- {escape(said)}"
-
-
-__all__ = ["DEFINITIONS", "PRECISIONS", "render", "shares"]

@@ -28,6 +28,7 @@ from exporter.flops import count_flops
 from exporter.plugins import load_runtime
 from exporter.records import BatchRange, TensorSpec
 from exporter.runtimes import _cuda
+from exporter.runtimes._device import COPIES
 from exporter.runtimes._nvml import Sensors
 
 ROOT = Path(__file__).parents[1]
@@ -151,11 +152,22 @@ def test_a_step_that_hangs_is_ended_when_its_time_is_over(run):
 def test_what_a_broken_process_found_is_not_relied_upon_later(run):
     run("crashes")
     run("judged")
+    run("hangs", seconds=1.0)
     here = Here(run.folder, None, {}, 1.0, run.folder / "x.json")
     assert here.earlier("crashes")["broken"]
     assert "found" not in here.earlier("crashes")
     assert here.earlier("judged")["found"] == [2]
+    assert here.earlier("hangs")["found"] == [4]  # it was ended, and did not break
     assert here.earlier("never ran") == {}
+
+
+def test_what_a_failed_step_printed_is_shown_under_it(run, capsys):
+    for function in ("crashes", "answer"):
+        command._say(run(function), run.folder)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("crashes: failed: its process ended with SIGSEGV")
+    assert told[1] == "    about to break"
+    assert told[2].startswith("answer: done (")
 
 
 # ── The command ─────────────────────────────────────────────────────────────────────
@@ -406,6 +418,25 @@ def test_a_card_whose_sensors_do_not_answer_is_timed_all_the_same(on_the_cpu, mo
     assert found["latency"]
     assert found["gpu"] is None
     assert "the GPU's sensors did not answer: OSError: Not Supported" in found["doubts"]
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        (1000.0, ["A", "A, events", f"A, {COPIES}", "B"]),
+        (latency.FEWEST * 3.5, ["A", "A, events", "B"]),
+        (latency.FEWEST * 2.5, ["A, events", "B"]),
+        (latency.FEWEST * 0.5, ["A, events", "B"]),
+    ],
+)
+def test_where_time_is_short_the_device_s_own_clock_is_kept_and_what_has_no_other(left, kept):
+    batch = latency._Time(32, 2, {})
+    names = ["A", "A, events", f"A, {COPIES}", "B"]
+    batch.entrants = dict.fromkeys(names)
+    costs = dict.fromkeys(names, 1.0)
+    batch._leave_out(costs, left)
+    assert list(batch.entrants) == list(costs) == kept
+    assert set(batch.refused) == set(names) - set(kept)
 
 
 def test_onnxruntime_is_tried_without_graphs_where_it_refuses_them(made, monkeypatch):

@@ -11,11 +11,13 @@ from test_runtimes import quantised
 from exporter import plugins
 from exporter.contracts import Bound, OnDevice
 from exporter.emulation import Emulator, emulate
+from exporter.errors import BuildError
 from exporter.runtimes import _cuda, _device
 from exporter.runtimes._nvml import Sensors
 from exporter.samples import digits, noise
 
-pytestmark = pytest.mark.gpu
+# What a vendor's library warns of is not ours to fix there.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 WAYS = {_device.EVENTS, _device.COPIES, _device.GRAPH}
 RUNTIMES = [
@@ -66,8 +68,6 @@ def test_fp32_is_fp32_and_answers_like_pytorch_in_float64(
 def test_fewer_bits_compute_the_graph_that_asks_for_them(
     runtime, tiny_onnx, tmp_path, precision, limit
 ):
-    from exporter.errors import BuildError
-
     if precision == "int8":
         model = quantised(tiny_onnx, tmp_path)
     else:

@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gpu.steps import ROOT, Outcome, Step, in_process, run_steps
+from gpu.steps import ROOT, Outcome, Step, in_process, run_steps, said
 
 RESULTS = ROOT / "benchmarks" / "results"
 RUNTIMES = ("torch-eager-cuda", "torch-compile-cuda", "ort-cuda", "tensorrt", "tensorrt-rtx")
 SECONDS = 570.0
+_TAIL = 20  # lines of what a failed step has printed
 STEPS = (
     Step("card", "the card and what is installed beside it", "gpu.card:look", 40),
     Step("tests", "the tests that need a GPU", "gpu.marked:run_tests", 90),
@@ -37,7 +38,7 @@ STEPS = (
             f"parity on {name}",
             f"the digits on {name}, against float64",
             "gpu.parity:judge",
-            75,
+            150 if name == "tensorrt" else 75,  # it tries its kernels while it builds
             argument=name,
             needs=("graphs",),
         )
@@ -65,7 +66,7 @@ def main() -> int:
             in_process(folder, settings),
             seconds=asked.seconds,
             lacking=_lacking(),
-            say=lambda outcome: print(f"{outcome} ({outcome.seconds:.0f} s)", flush=True),
+            say=lambda outcome: _say(outcome, folder),
         )
         card = next(outcome.found for outcome in ended if outcome.name == "card")
         if not card:
@@ -73,6 +74,14 @@ def main() -> int:
         else:
             _keep(_record(ended, card, settings, folder), asked.results)
     return int(any(outcome.state == "failed" for outcome in ended))
+
+
+def _say(outcome: Outcome, folder: Path) -> None:
+    """Print how a step ended, and the end of what it printed where that was badly."""
+    print(f"{outcome} ({outcome.seconds:.0f} s)", flush=True)
+    if outcome.state == "failed":
+        for line in said(folder, outcome.name)[-_TAIL:]:
+            print(f"    {line}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:

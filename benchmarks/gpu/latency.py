@@ -21,13 +21,15 @@ from exporter.errors import with_hint
 from exporter.intervals import FEWEST_PAIRS
 from exporter.latency import Entrant, time_in_turn
 from exporter.records import Feed, Gpu, Timing
+from exporter.runtimes._device import COPIES
 from exporter.runtimes._nvml import Sensors
 from exporter.samples import load_split, varied
 from gpu import parity
-from gpu.candidates import OUTPUT, RUNTIMES, Candidate, candidates, graph
+from gpu.candidates import OUTPUT, RUNTIMES, Candidate, candidates
 from gpu.steps import Here, Skip
 
 WINDOW = 3  # rounds of warm-up, at least two such windows
+FEWEST = 2 * WINDOW + FEWEST_PAIRS  # rounds
 ROUNDS = 200  # about, at most: a p90 needs 64, and a p99 more than there is time for
 SETTLE_MS = 5.0
 _SHARED = 0.85  # of the time left, as a warm-up may take longer than the shortest one
@@ -65,9 +67,8 @@ def _opened(
                 refused[candidate.title] = reason
                 continue
             try:
-                model = graph(here.folder, candidate.precision, here.settings["pixels"])
                 runtime = candidate.tries[row["try"]]
-                session = stack.enter_context(runtime.open(runtime.build(model, here.folder)))
+                session = stack.enter_context(runtime.open(here.folder / row["file"]))
             except Exception as error:  # whatever it is, the others are timed
                 refused[candidate.title] = _said(error)
                 continue
@@ -95,13 +96,14 @@ class _Time:
         start = perf_counter()
         for title, (_, session) in self.sessions.items():
             self._enter(title, session)
-        round_s = self._round() if self.entrants else 0.0
-        fewest = 2 * WINDOW + FEWEST_PAIRS
+        costs = {name: self._cost(entrant) for name, entrant in self.entrants.items()}
         left = seconds - (perf_counter() - start)
+        self._leave_out(costs, left)
+        round_s = sum(costs.values())
         found: dict[str, Any] = {"batch": self.size, "not timed": self.refused}
-        if not self.entrants or fewest * round_s > left:
+        if not self.entrants or FEWEST * round_s > left:
             why = (
-                f"{fewest} rounds of {round_s:.1f} s do not fit into the {max(left, 0):.0f} s left"
+                f"{FEWEST} rounds of {round_s:.1f} s do not fit into the {max(left, 0):.0f} s left"
             )
             why = why if self.entrants else "nothing ran at this batch size"
             return found | {"latency": [], "gpu": self._sensed(), "why": why}
@@ -147,12 +149,23 @@ class _Time:
             self.entrants[way] = entrant
             self.watch.wanted[way] = Wanted(title, OUTPUT.name, expected)
 
-    def _round(self) -> float:
-        """Return how long one round takes, in seconds."""
+    def _cost(self, entrant: Entrant) -> float:
+        """Return how many seconds an entrant takes of a round."""
         start = perf_counter()
-        for entrant in self.entrants.values():
-            entrant.clock(entrant.bind(1))
-        return perf_counter() - start + len(self.entrants) * SETTLE_MS / 1e3
+        entrant.clock(entrant.bind(1))
+        return perf_counter() - start + SETTLE_MS / 1e3
+
+    def _leave_out(self, costs: dict[str, float], left: float) -> None:
+        """Leave out what is least of interest until the fewest rounds fit, if that helps."""
+        by_device = {name.partition(", ")[0] for name in costs if ", " in name}
+        copies = [name for name in costs if name.endswith(COPIES)]
+        walls = [name for name in costs if name in by_device]
+        for names in (copies, walls):
+            if FEWEST * sum(costs.values()) <= left:
+                return
+            for name in names:
+                self.refused[name] = "left out, so that the others fit into the time"
+                del costs[name], self.entrants[name]
 
     def _seen(self, name: str, turn: int, step: Callable[[], Any]) -> None:
         self.watch(name, turn, step)

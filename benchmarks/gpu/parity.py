@@ -75,6 +75,7 @@ def _judged(here: Here, precision: str, runtime: Runtime) -> dict[str, Any]:
         labels=held_out.labels,
     )
     return {
+        "file": path.name,
         "verdict": parity.verdict,
         "sqnr_db": parity.sqnr_db,
         "agreeing": parity.agreeing,

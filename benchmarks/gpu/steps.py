@@ -149,16 +149,17 @@ def in_process(folder: Path, settings: Mapping[str, Any]) -> Callable[[Step, flo
             finally:
                 _end(child)
         took = monotonic() - began
-        said = read(place.with_suffix(".json"))
-        found = said.get("found")
-        if code == 0 and said:
-            return Outcome(step.name, step.about, said["state"], said["reason"], took, found)
+        told = read(place.with_suffix(".json"))
+        found = told.get("found")
+        if code == 0 and told:
+            return Outcome(step.name, step.about, told["state"], told["reason"], took, found)
         why = (
             f"it took longer than its {seconds:.0f} s"
             if code is None
             else f"its process ended with {_ending(code)}{_last_line(place.with_suffix('.log'))}"
         )
-        write(place.with_suffix(".json"), {"state": "failed", "reason": why, "broken": True})
+        kept = {"found": found} if code is None else {"broken": True}
+        write(place.with_suffix(".json"), {"state": "failed", "reason": why, **kept})
         return Outcome(step.name, step.about, "failed", why, took, found)
 
     return run
@@ -175,9 +176,20 @@ def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
+def said(folder: Path, step: str) -> list[str]:
+    """Return the lines that the process of a step has printed."""
+    return _lines(folder / f"{_slug(step)}.log")
+
+
 def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    lines = _lines(log)
     return f": {lines[-1].strip()[:REASON]}" if lines else ""
+
+
+def _lines(log: Path) -> list[str]:
+    if not log.is_file():
+        return []
+    return [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
 
 
 def _slug(name: str) -> str:

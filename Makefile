@@ -36,7 +36,7 @@ quantization: .venv/ready-default    ## INT8 against the real peers, installed b
 
 gpu:      ## all that needs an NVIDIA GPU, in under 10 minutes; what the machine lacks is skipped, by name
 	@test ! -e /dev/nvidiactl || $(BIN)/python $(HAS_TORCH) || $(PYTHON) $(HAS_TORCH) || $(MAKE) .venv/ready-gpu || true
-	@python=$(PYTHON); ! $(BIN)/python $(HAS_TORCH) || python=$(BIN)/python; PYTHONPATH=.:benchmarks $$python -m gpu $(GPU)
+	@python=$(PYTHON); ! $(BIN)/python $(HAS_TORCH) || python=$(BIN)/python; PYTHONPATH=.:benchmarks:$$PYTHONPATH $$python -m gpu $(GPU)
 
 clean:    ## remove what the targets above made
 	rm -rf .venv build

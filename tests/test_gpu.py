@@ -192,6 +192,19 @@ def test_the_command_skips_everything_here_and_writes_nothing(tmp_path):
     assert not results.exists()
 
 
+def test_a_step_that_does_not_exist_is_refused_with_those_that_do():
+    told = subprocess.run(
+        [sys.executable, "-m", "gpu", "--only", "ceiling"],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert told.returncode == 2
+    assert "no step named 'ceiling', but card, " in told.stderr
+
+
 def test_all_steps_fit_into_ten_minutes_and_name_what_exists():
     assert command.SECONDS < 600
     assert max(step.seconds for step in command.STEPS) < command.SECONDS
@@ -624,6 +637,7 @@ def record(made, on_the_cpu, timed):
 def test_the_page_says_what_each_step_came_to_and_what_each_figure_is(record):
     text = page.render(record)
     assert text.startswith("# no card (a test): ")
+    assert "at 1x32x32, INT8 calibrated on 16 of the 1437 train digits" in text
     assert "| parity on tensorrt | skipped | 0 | No module named 'tensorrt' |" in text
     assert "| current | fp32 | 45.0 MB, 0.5 s | valid | yes |" in text
     assert "no \\| such product" in text

@@ -66,6 +66,7 @@ def main() -> int:
             in_process(folder, settings),
             seconds=asked.seconds,
             lacking=_lacking(),
+            only=asked.only,
             say=lambda outcome: _say(outcome, folder),
         )
         card = next(outcome.found for outcome in ended if outcome.name == "card")
@@ -91,7 +92,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32, 64, 256])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that all may take")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
-    return parser.parse_args()
+    parser.add_argument(
+        "--only",
+        type=lambda said: said.split(","),
+        default=[],
+        metavar="STEP,…",
+        help="these steps alone: " + ", ".join(step.name for step in STEPS),
+    )
+    asked = parser.parse_args()
+    known = [step.name for step in STEPS]
+    if unknown := [name for name in asked.only if name not in known]:
+        parser.error(f"no step named {unknown[0]!r}, but {', '.join(known)}")
+    if asked.only:
+        asked.only.append("card")  # results bear its name
+    return asked
 
 
 def _numbers(said: str) -> list[int]:

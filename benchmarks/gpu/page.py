@@ -31,7 +31,7 @@ def render(record: Record) -> str:
     card, found = record["card"], {step["name"]: step["found"] for step in record["steps"]}
     parts = [
         [f"# {card['name']}: what runs, how right and how fast", ""],
-        ["Date " + record["date"] + ". Nothing here was taken on another device.", ""],
+        [f"{record['date']}{_network(found.get('graphs'))}. All of it was taken on this card.", ""],
         ["## Steps", "", *_steps(record["steps"]), ""],
         _section("Parity on the digits, against float64", _parity(found)),
         _section("TensorRT-RTX by target", _engines(found.get("engines"))),
@@ -51,6 +51,7 @@ def render(record: Record) -> str:
 DEFINITIONS = (
     "wall clock (a name with nothing behind it): from the launch to the end, inputs and outputs on "
     "the device; " + DEVICE,
+    "PyTorch runs the exported graph, BatchNorms folded, TF32 off, in half precision channels last",
     "PyTorch and ONNX Runtime with copies: the call that takes and gives the host's own arrays; "
     "ONNX Runtime waits for the end of each replay of a graph, and that is in its time",
     shown.SUPPORTED,
@@ -66,6 +67,13 @@ DEFINITIONS = (
     "verdict: the gates of the default profile, on the held-out digits, against the unfolded "
     "network in float64",
 )
+
+
+def _network(made: Record | None) -> str:
+    if not made:
+        return ""
+    shape = f"1x{made['pixels']}x{made['pixels']}"
+    return f": {made['network']} at {shape}, INT8 calibrated on {made['calibrated']}"
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

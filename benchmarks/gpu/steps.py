@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,12 +98,14 @@ def run_steps(
     *,
     seconds: float,
     lacking: str | None = None,
+    only: Collection[str] = (),
     say: Callable[[Outcome], object] = str,
     clock: Callable[[], float] = monotonic,
 ) -> list[Outcome]:
     """Run each step in no more than all of them may take, and return how each ended.
 
-    ``lacking`` is what none of them can do without; then all are skipped for it.
+    ``lacking`` is what none of them can do without; then all are skipped for it, and those that
+    are not among ``only``, if it names some, are in any case.
     """
     end, ended = clock() + seconds, dict[str, Outcome]()
     for step in steps:
@@ -111,6 +113,8 @@ def run_steps(
         unmet = next((ended[n] for n in step.needs if ended[n].state != "done"), None)
         if lacking:
             outcome = Outcome(step.name, step.about, "skipped", lacking)
+        elif only and step.name not in only:
+            outcome = Outcome(step.name, step.about, "skipped", "it was not asked for")
         elif unmet:
             why = f"it needs {unmet.name!r}, which was {unmet.state}"
             outcome = Outcome(step.name, step.about, "skipped", why)

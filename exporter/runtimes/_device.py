@@ -2,7 +2,7 @@
 
     CUDA events     inputs and outputs on the device: execution alone
     with copies     from pageable host memory to the device, execution, and back
-    CUDA graph      execution, captured once as a graph and launched as one
+    CUDA graph      execution, captured once as a graph and launched as one, here or by the runtime
 
 The wall clock has in it what these have not: the launch, and waiting for the end.
 """

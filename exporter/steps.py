@@ -8,9 +8,9 @@
     channel     width = m max_c (high_c − low_c) / 255 zero_c likewise, from low_c and high_c
 
 ``tensor`` is for what must store 0 exactly, since a convolution pads with it: 0 is taken to be
-between low and high. ``channel`` is for what nothing pads. Both fill the steps from end to end, with
-nothing to spare for what n samples did not show, so that they are given m = 1 + 6 / n; and they
-fall back to signed where that would not make the steps narrower by a tenth.
+between low and high. ``channel`` is for what nothing pads. Both fill the steps from end to end,
+with nothing to spare for what n samples did not show, so that they are given m = 1 + 6 / n; and
+they fall back to signed where that would not make the steps narrower by a tenth.
 """
 
 from __future__ import annotations

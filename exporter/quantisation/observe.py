@@ -39,8 +39,8 @@ class Observed:
     """What is known of each tensor that is read quantised, by its name.
 
     ``low`` and ``high`` (folds, C) are the ranges of each channel, from all ``samples``, ``power``
-    (C,) its mean square, and ``gain`` (C,) is Σ g², the mean over samples; ``gain_behind`` (O,) is that of what each
-    weighted layer writes. ``shapes`` are every tensor's.
+    (C,) its mean square, and ``gain`` (C,) is Σ g², the mean over samples; ``gain_behind`` (O,) is
+    that of what each weighted layer writes. ``shapes`` are every tensor's.
     """
 
     samples: int

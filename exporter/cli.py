@@ -121,7 +121,7 @@ class Percentage(click.ParamType[float]):
     "-w",
     "--weights",
     type=click.Path(path_type=Path),
-    help="A safetensors file in place of the built-in weights.",
+    help="A safetensors file, or a .pth of a state dict, in place of the built-in weights.",
 )
 @input_option
 @click.option(
@@ -292,7 +292,7 @@ def train(path: Path, model: str) -> None:
 @click.option("--max-size", type=float, metavar="MB", help="The largest ONNX file.")
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
-@click.option("-w", "--weights", type=click.Path(path_type=Path), help="A safetensors file.")
+@click.option("-w", "--weights", type=click.Path(path_type=Path), help="As for the export.")
 @input_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
 @click.option(

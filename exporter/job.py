@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from exporter import environment, samples
+from exporter.checkpoints import read_checkpoint
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.parity import collect_outputs
@@ -24,7 +25,7 @@ from exporter.plugins import load_model, load_precision, load_runtime, remedy
 from exporter.profile import Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
 from exporter.samples import Samples
-from exporter.weights import load_weights
+from exporter.weights import Loaded, fit_weights
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class Job:
     model: Model
     module: nn.Module
     weights: Path
-    weights_sha256: str
+    loaded: Loaded
     input: TensorSpec
     profile: Profile
     precisions: dict[str, Precision]
@@ -84,10 +85,11 @@ class Job:
         if path is None:
             raise InputRefused(
                 f"{name} ships without weights, and there is nothing to export without",
-                hint="name a safetensors file with --weights",
+                hint="name a file of weights with --weights",
             )
+        checkpoint = read_checkpoint(path)
         module = chosen.module()
-        digest = load_weights(module, path)
+        loaded = fit_weights(module, checkpoint)
         _check_input(module, spec, name)
         needed = any(precision.needs_calibration for precision in precisions.values())
         held_out = samples.load_split(chosen.data, spec.shape, "held-out")
@@ -102,7 +104,7 @@ class Job:
             model=chosen,
             module=module,
             weights=path,
-            weights_sha256=digest,
+            loaded=loaded,
             input=spec,
             profile=profile,
             precisions=precisions,
@@ -194,11 +196,13 @@ class Job:
         return Source(
             model=self.name,
             weights=self.weights.name.encode(errors="replace").decode(),  # names may be any bytes
-            weights_sha256=self.weights_sha256,
+            weights_sha256=self.loaded.sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             input=self.input,
             output=self.model.output,
             opset=self.profile.opset,
+            weights_format=self.loaded.format,
+            weights_changes=self.loaded.changes,
         )
 
 

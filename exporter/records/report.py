@@ -114,7 +114,12 @@ class FoldRecord(Found, frozen=True):
 
 
 class Source(Found, frozen=True):
-    """What was exported: a network, its weights, and the shape it was asked to take."""
+    """What was exported: a network, its weights, and the shape it was asked to take.
+
+    ``weights`` is the file's name without its folder, ``weights_format`` what kind of file it is,
+    and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
+    to be the network's, one clause each.
+    """
 
     model: str
     weights_sha256: str
@@ -123,6 +128,8 @@ class Source(Found, frozen=True):
     input: TensorSpec
     output: TensorSpec
     opset: int
+    weights_format: str = ""
+    weights_changes: tuple[str, ...] = ()
 
 
 class Stage(Found, frozen=True):

@@ -46,6 +46,8 @@ def _head(report: Report) -> list[str]:
         f"{source.opset}, batch {_batch(report)}",
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}",
+        *([f"- they are a {_escape(source.weights_format)}"] if source.weights_format else []),
+        *(f"- names of weights: {_escape(change)}" for change in source.weights_changes),
         f"- calibrated on {_escape(report.calibration)}"
         if report.calibration
         else "- not calibrated",

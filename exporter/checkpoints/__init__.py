@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from exporter.checkpoints.archive import check_archive
 from exporter.checkpoints.isolated import Named, load_isolated
-from exporter.checkpoints.kinds import FETCH, SAVE, kind_of
-from exporter.checkpoints.pickles import check_legacy, check_pickle
+from exporter.checkpoints.kinds import FETCH, PICKLE, SAVE, kind_of
+from exporter.checkpoints.pickles import check_legacy, check_pickle, refuse_pickle
 from exporter.checkpoints.words import plain, quoted
 from exporter.errors import ExportError, InputRefused
 
@@ -68,6 +68,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         try:
             size = os.fstat(stream.fileno()).st_size
             kind = kind_of(stream)
+            if kind is PICKLE:
+                raise refuse_pickle(stream)
             if kind.format is None:
                 raise InputRefused(kind.what, hint=kind.hint)
             if kind.format == "safetensors":

@@ -63,32 +63,32 @@ def _run(stream: BinaryIO, folder: Path, memory: int, seconds: int) -> Mapping[s
     """Return what the process says of the file. It is gone when this returns or raises."""
     stream.seek(0)
     said = folder / "stderr.txt"
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(  # noqa: S603 - our own script, and a file that it only reads
+            [sys.executable, "-P", str(_CHILD), str(folder), str(memory), str(seconds)],
+            stdin=stream,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            cwd=folder,
+            start_new_session=True,  # Ctrl-C comes to this process, which then ends that one
+        )
     try:
-        with said.open("wb") as stderr:
-            done = subprocess.run(  # noqa: S603 - our own script, and a file it only reads
-                [sys.executable, "-P", str(_CHILD), str(folder), str(memory), str(seconds)],
-                stdin=stream,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                cwd=folder,
-                start_new_session=True,  # Ctrl-C comes to this process, which then ends that one
-                timeout=seconds,
-                check=False,
-            )
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired as error:
         raise InputRefused(
             f"made to do harm, or the machine is busy: after {seconds} seconds it was not loaded",
             hint=SAVE,
         ) from error
+    finally:
+        process.kill()
+        process.wait()
     try:
         return dict(json.loads((folder / "outcome.json").read_bytes()))
     except (OSError, ValueError) as error:
         last = said.read_text("utf-8", "replace").strip().rpartition("\n")[2]
         if "bad_alloc" in last or "MemoryError" in last:
             raise _too_large(memory) from error
-        ended = f"exit code {done.returncode}"
-        if done.returncode < 0:
-            ended = signal.Signals(-done.returncode).name
+        ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         raise InputRefused(
             f"the process that loads it ended with {ended}{': ' if last else ''}{plain(last)}",
             hint=SAVE,

@@ -37,6 +37,7 @@ class Kind(NamedTuple):
 SAFETENSORS = Kind("a safetensors file", format="safetensors")
 CHECKPOINT = Kind("a PyTorch checkpoint", format="zip")
 LEGACY = Kind("a PyTorch checkpoint in the format of before 1.6", format="legacy")
+PICKLE = Kind("a pickle that torch.save did not write")
 TAR = Kind("a tar archive", UNPACK)
 TORCH_TAR = Kind("a PyTorch checkpoint in the tar format of before 0.2", _TRUSTED)
 TORCHSCRIPT = Kind("a TorchScript archive, which is a program, and not weights", _TRUSTED)
@@ -49,8 +50,8 @@ _PICKLED = b"\x80[\x02-\x05]"
 _LEGACY_MAGIC = b"\x80[\x02-\x05]\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\\."
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (_LEGACY_MAGIC, LEGACY),
-    (_PICKLED, Kind("a pickle that torch.save did not write")),
-    (rb"\(?c[a-z_][\w.]*\n\w+\n|\([dl]p?[0-9]+\n", Kind("a pickle that torch.save did not write")),
+    (_PICKLED, PICKLE),
+    (rb"\(?[ci][a-z_][\w.]*\n\w+\n|\([dl]p?[0-9]+\n", PICKLE),
     (b".{257}ustar", TAR),
     (b"\x1f\x8b", Kind("a gzip file", UNPACK)),
     (b"BZh[1-9]", Kind("a bzip2 file", UNPACK)),
@@ -140,7 +141,7 @@ def _text(head: bytes) -> Kind | None:
     try:
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # not a letter that the end of the head cut
+        if len(head) < HEAD or error.start < HEAD - 3:  # not a letter that the head's end cut
             return None
         text = head[: error.start].decode("utf-8-sig")
     if any(ord(letter) < 32 and letter not in "\t\n\r\f\x1b" for letter in text):

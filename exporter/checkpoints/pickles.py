@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from exporter.checkpoints.kinds import SAVE, UNKNOWN
+from exporter.checkpoints.kinds import PICKLE, SAVE, UNKNOWN
 from exporter.checkpoints.words import plain
 from exporter.errors import InputRefused
 
@@ -67,13 +67,23 @@ def check_legacy(stream: BinaryIO) -> None:
         _check(stream)
 
 
+def refuse_pickle(stream: BinaryIO) -> InputRefused:
+    """Return the refusal of a pickle that is no checkpoint, with what it would import."""
+    stream.seek(0)
+    try:
+        names = dict.fromkeys(name for _, name in _instructions(stream) if name)
+    except InputRefused:  # it is damaged, too
+        names = {}
+    needs = f", and needs {_some(list(names))}" if names else ""
+    return InputRefused(f"{PICKLE.what}{needs}", hint=PICKLE.hint)
+
+
 def _check(stream: BinaryIO) -> None:
     names: dict[str, None] = {}
     unknown: dict[str, None] = {}
     for name, imported in _instructions(stream):
-        if imported is not None:
-            if name != "GLOBAL" or not _ALLOWED.fullmatch(imported):
-                names[imported] = None
+        if imported is not None and not _ALLOWED.fullmatch(imported):
+            names[imported] = None
         elif name not in _INSTRUCTIONS:
             unknown[name] = None
     if names:
@@ -116,22 +126,26 @@ def _imported(instruction: str, argument: Any, texts: list[str]) -> str | None:
 
 def _foreign(names: list[str]) -> InputRefused:
     """Return the refusal of a pickle that imports these, in words for what they are together."""
-    shown = ", ".join(map(plain, names[:_SHOWN]))
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = _some(names)
     for name in names:
         if what := _TENSORS.get(name.rpartition(".")[2]):
             return InputRefused(f"it holds {what} ({plain(name)}), which no weights fit", hint=SAVE)
     if any(name.startswith("torch.nn.modules.") for name in names):
         return InputRefused(
-            f"a whole pickled module, which is a program, and not weights: it needs {shown}{more}",
+            f"a whole pickled module, which is a program, and not weights: it needs {shown}",
             hint=SAVE,
         )
     if all(re.match(r"(numpy|_codecs)\b", name) for name in names):
         return InputRefused(
-            f"it holds NumPy values beside the weights, and needs {shown}{more} to load them",
+            f"it holds NumPy values beside the weights, and needs {shown} to load them",
             hint=f"turn them into numbers, or {SAVE}",
         )
     return InputRefused(
-        f"it holds more than weights: it needs {shown}{more}, and no code that a file names is run",
+        f"it holds more than weights: it needs {shown}, and no code that a file names is run",
         hint=SAVE,
     )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(plain, names[:_SHOWN])) + more

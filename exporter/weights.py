@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _SHOWN = 20  # differences
 _ALIKE, _COMPARED, _LONG = 3, 500, 200  # names to find others for, among so many of such a length
 _PREFIXES = ("module.", "model.", "_orig_mod.", "ema.", "ema_model.", "state_dict.")
+_GROUPS = 16  # dicts with tensors in a file
 _DEEPEST = 4  # prefixes, one behind the other
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _UNTRACKED = "num_batches_tracked"
@@ -128,11 +129,12 @@ def _choose(wanted: State, checkpoint: Checkpoint) -> _Reading:
 
 
 def _readings(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> Iterator[_Reading]:
-    """Yield every way to read a checkpoint by known wrappers, the plainest first."""
+    """Yield every way to read a checkpoint by known wrappers, the largest dicts first."""
     groups: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for (*dicts, key), value in tensors.items():
         groups.setdefault(tuple(dicts), {})[key] = value
-    for outer, group in groups.items():
+    largest = sorted(groups.items(), key=lambda item: -len(item[1]))[:_GROUPS]
+    for outer, group in largest:
         inside = "".join(f"[{quoted(key)}]" for key in outer)
         changes = (f"taken from its {inside}",) if outer else ()
         yield from _unwrapped(_Reading(group, changes), _DEEPEST)

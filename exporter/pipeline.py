@@ -69,9 +69,10 @@ def run(
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
-    (safetensors), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W) float32 or
-    a .npy file of that, the draw from its training samples; samples that the result is judged on
-    are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not at all.
+    (see `load_weights`), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W)
+    float32 or a .npy file of that, the draw from its training samples; samples that the result is
+    judged on are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not
+    at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from

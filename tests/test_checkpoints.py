@@ -289,7 +289,7 @@ KINDS = {
     ),
     "sparse": (sparse_tensors, "it holds sparse tensors (torch._utils._rebuild_sparse_tensor)", WAY_OUT),
     "quantised": (quantised_tensors, "it holds quantised tensors", WAY_OUT),
-    "tar of PyTorch": (lambda: hostile.tarred(b"N."), "in the tar format of before 0.2", "trust"),
+    "tar of PyTorch": (lambda: hostile.tarred(b"N."), "in the tar format of PyTorch 0.1", "trust"),
     "tar": (tarball, "a tar archive", "unpack it"),
     "gzip": (lambda: gzip.compress(b"x"), "a gzip file", "unpack it"),
     "zip of weights": (lambda: hostile.archive(ENTRY), "a zip archive that weights were put in", "unpack it"),

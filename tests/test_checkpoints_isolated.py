@@ -167,6 +167,14 @@ def test_memory_files_and_time_have_limits(tmp_path, code, said):
     assert (done.returncode < 0) == (not said)
 
 
+def test_a_dict_that_is_in_many_places_is_walked_once():
+    held: dict[str, object] = {"a": torch.ones(1)}
+    for _ in range(5):
+        held = {f"{i:04}": held for i in range(1000)}
+    ((path, _),) = _child.named_tensors(held, 100)
+    assert path == ["0000"] * 5 + ["a"]
+
+
 def test_tensors_larger_than_the_file_could_hold_are_refused_before_they_are_copied():
     data = hostile.saved({"a": torch.ones(1000), "b": torch.ones(1).expand(1 << 40)})
     with pytest.raises(_child.Refused, match=r"its tensors up to 'b', of shape \(1099511627776,\)"):

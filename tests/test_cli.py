@@ -211,7 +211,7 @@ def files(tmp_path_factory) -> Path:
     state = load_file(good)
     (folder / "truncated.safetensors").write_bytes(good.read_bytes()[:100_000])
     (folder / "text.safetensors").write_text("hello", "utf-8")
-    save_file({f"module.{k}": v for k, v in state.items()}, folder / "other.safetensors")
+    save_file({f"backbone.{k}": v for k, v in state.items()}, folder / "other.safetensors")
     bad = {**state, "block2.0.conv1.bias": state["block2.0.conv1.bias"] * float("nan")}
     save_file(bad, folder / "nan.safetensors")
     np.save(folder / "empty.npy", np.zeros((0, 1, 64, 64), np.float32))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -48,7 +49,7 @@ def named_tensors(loaded: Any, size: int) -> list[tuple[list[str], torch.Tensor]
     found: list[tuple[list[str], torch.Tensor]] = []
     seen: set[int] = set()
     total = 0
-    for path, value in _leaves(loaded, []):
+    for path, value in _leaves(loaded, [], set()):
         name = ".".join(path)
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise Refused(f"its tensor {name[:80]!r} is no plain tensor of numbers")
@@ -67,16 +68,18 @@ def named_tensors(loaded: Any, size: int) -> list[tuple[list[str], torch.Tensor]
     return found
 
 
-def _leaves(value: Any, path: list[str]) -> list[tuple[list[str], Any]]:
+def _leaves(value: Any, path: list[str], seen: set[int]) -> Iterator[tuple[list[str], Any]]:
+    """Yield the tensors with their names; a dict that is in several places counts in the first."""
     import torch
 
-    if type(value) in (torch.Tensor, torch.nn.Parameter):
-        return [(path, value)] if path else []
-    if type(value) not in (dict, OrderedDict) or len(path) == _DEEPEST:
-        return []
-    if not all(type(key) is str for key in value):
-        return []
-    return [leaf for key, inner in value.items() for leaf in _leaves(inner, [*path, key])]
+    if type(value) in (torch.Tensor, torch.nn.Parameter) and path:
+        yield path, value
+    if type(value) not in (dict, OrderedDict) or id(value) in seen or len(path) == _DEEPEST:
+        return
+    seen.add(id(value))
+    if all(type(key) is str for key in value):
+        for key, inner in value.items():
+            yield from _leaves(inner, [*path, key], seen)
 
 
 def _in_words(loaded: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from conftest import disturb, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from exporter.checkpoints import _child, isolated, read_checkpoint
@@ -192,6 +193,48 @@ def test_whatever_is_done_to_a_checkpoint_the_guard_says_it_in_its_own_words(dat
     assert said.isprintable()
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_whatever_is_done_to_a_safetensors_file_it_is_read_or_refused(data, tmp_path_factory):
+    whole = bytearray(save(network().state_dict()))
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, 700))
+        whole[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    path, said = tmp_path_factory.getbasetemp() / "fuzzed.safetensors", ""
+    path.write_bytes(whole)
+    try:
+        read_checkpoint(path)
+    except InputRefused as error:
+        said = str(error)
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.utime(path, (1, 1)),
+        lambda path: path.write_bytes(path.read_bytes()[:-4] + bytes(4)),
+        lambda path: save_file({"a": torch.ones(1)}, path),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read_is_refused(change, tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    save_file(network().state_dict(), path)
+    os.utime(path, (5, 5))
+    digest = hashlib.file_digest
+
+    def slow(stream, kind):
+        change(path)
+        return digest(stream, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    with refused(
+        InputRefused, "net.safetensors: it was changed while it was read", hint=("again",)
+    ):
+        read_checkpoint(path)
+
+
 WHOLE = [
     hostile.saved(network().state_dict()),
     hostile.saved(network().state_dict(), _use_new_zipfile_serialization=False),
@@ -280,7 +323,7 @@ KINDS = {
         "it holds more than weights: it needs pathlib.",
         WAY_OUT,
     ),
-    "pickle": (lambda: pickle.dumps({"a": np.ones(2)}), "a pickle that torch.save did not write, and needs numpy", WAY_OUT),
+    "pickle": (lambda: pickle.dumps({"a": np.ones(2)}), "a pickle that torch.save did not write, which needs numpy", WAY_OUT),
     "plain pickle": (lambda: pickle.dumps({"a": 1}), "a pickle that torch.save did not write", WAY_OUT),
     "protocol 4": (
         lambda: hostile.saved({"a": torch.ones(1)}, pickle_protocol=4),

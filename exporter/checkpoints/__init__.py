@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     name = plain(path.name)
     with _open(path) as stream:
         try:
-            size = os.fstat(stream.fileno()).st_size
+            size = (before := os.fstat(stream.fileno())).st_size
             kind = kind_of(stream)
             if kind is PICKLE:
                 raise refuse_pickle(stream)
@@ -80,10 +80,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 else:
                     check_legacy(stream)
                 tensors = load_isolated(stream, size)
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if {_version(os.fstat(stream.fileno())), _version(_now(path))} != {_version(before)}:
+                raise InputRefused("it was changed while it was read", hint="try again")
         except ExportError as error:
             raise type(error)(f"{name}: {error}", hint=error.hint) from error
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return Checkpoint(name, digest, _FORMATS[kind.format], tensors)
 
 
@@ -111,6 +113,18 @@ _SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def _now(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _version(found: os.stat_result | None) -> tuple[int, ...]:
+    """Return what tells a file, as it is, from another and from what it was."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
 
 
 def _safetensors(path: Path, stream: BinaryIO, size: int) -> Named:

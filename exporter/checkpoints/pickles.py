@@ -74,7 +74,7 @@ def refuse_pickle(stream: BinaryIO) -> InputRefused:
         names = dict.fromkeys(name for _, name in _instructions(stream) if name)
     except InputRefused:  # it is damaged, too
         names = {}
-    needs = f", and needs {_some(list(names))}" if names else ""
+    needs = f", which needs {_some(list(names))}" if names else ""
     return InputRefused(f"{PICKLE.what}{needs}", hint=PICKLE.hint)
 
 

@@ -29,6 +29,7 @@ from exporter.checkpoints import _child, isolated, read_checkpoint
 from exporter.checkpoints.archive import check_archive
 from exporter.checkpoints.pickles import check_legacy, check_pickle
 from exporter.errors import InputRefused
+from exporter.weights import load_weights
 
 WAY_OUT = "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 
@@ -60,6 +61,7 @@ def test_a_state_dict_is_read_bit_for_bit_in_a_process_of_its_own(tmp_path, zipp
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     found = read_checkpoint(path)
     assert found.name == "net.pth"
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.format == (
         "PyTorch checkpoint, CRC-32 checked"
         if zipped
@@ -67,6 +69,19 @@ def test_a_state_dict_is_read_bit_for_bit_in_a_process_of_its_own(tmp_path, zipp
     )
     assert list(found.tensors) == [(key,) for key in state]
     assert all(torch.equal(found.tensors[key,], value) for key, value in state.items())
+
+
+def test_a_wrapped_checkpoint_of_a_training_script_loads_from_its_file(tmp_path):
+    path, held = tmp_path / "net.pth", training()
+    held["state_dict"] = {f"module.{key}": value for key, value in held["state_dict"].items()}
+    torch.save(held, path)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    loaded = load_weights(module, path)
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.format == "PyTorch checkpoint, CRC-32 checked"
+    assert loaded.changes == ("taken from its ['state_dict']", "'module.' taken off 9 names")
+    want = held["state_dict"]
+    assert all(torch.equal(v, want[f"module.{k}"]) for k, v in module.state_dict().items())
 
 
 DTYPES = [

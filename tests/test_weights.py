@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exporter.checkpoints import Checkpoint
+from exporter.contracts import silent
 from exporter.errors import InputRefused
+from exporter.job import Job
 from exporter.weights import Loaded, fit_weights, load_weights
 
 
@@ -449,3 +451,26 @@ def test_a_hostile_name_is_shown_on_one_line_short_and_with_nothing_hidden(name)
         assert name[:3] in said or repr(name)[1:4] in said
         assert said.isprintable()
         assert len(said) < 1000
+
+
+def test_the_report_records_the_files_name_digest_and_kind_and_what_came_off_but_not_its_folder(
+    tiny_module, tiny_model, quick_profile, tmp_path
+):
+    path = tmp_path / "secret" / "net.safetensors"
+    path.parent.mkdir()
+    save_file({f"module.{k}": v for k, v in tiny_module.state_dict().items()}, path)
+    source = Job.resolve(
+        tiny_model,
+        quick_profile,
+        weights=path,
+        input_shape=None,
+        calibration=None,
+        progress=silent,
+        builds=False,
+    ).source()
+    assert source.weights == "net.safetensors"
+    assert source.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source.weights_format == "safetensors, which has no checksum"
+    count = len(tiny_module.state_dict())
+    assert source.weights_changes == (f"'module.' taken off {count} names",)
+    assert "secret" not in str(source)

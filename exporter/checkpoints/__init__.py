@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from exporter.checkpoints.archive import check_archive
 from exporter.checkpoints.isolated import Named, load_isolated
-from exporter.checkpoints.kinds import FETCH, PICKLE, SAVE, kind_of
+from exporter.checkpoints.kinds import FETCH, PICKLE, SAVE, Format, kind_of
 from exporter.checkpoints.pickles import check_legacy, check_pickle, refuse_pickle
 from exporter.checkpoints.words import plain, quoted
 from exporter.errors import ExportError, InputRefused
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "plain", "quoted", "read_checkpoint"]
 
+_LONGEST_PATH = 4096
 LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred thousand tensors need less
 _FORMATS = {
     "safetensors": "safetensors, which has no checksum",
@@ -66,22 +67,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     name = plain(path.name)
     with _open(path) as stream:
         try:
-            size = (before := os.fstat(stream.fileno())).st_size
+            before = os.fstat(stream.fileno())
             kind = kind_of(stream)
             if kind is PICKLE:
                 raise refuse_pickle(stream)
             if kind.format is None:
                 raise InputRefused(kind.what, hint=kind.hint)
-            if kind.format == "safetensors":
-                tensors = _safetensors(path, stream, size)
-            else:
-                if kind.format == "zip":
-                    check_pickle(check_archive(stream, size))
-                else:
-                    check_legacy(stream)
-                tensors = load_isolated(stream, size)
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            tensors = _tensors(kind.format, path, stream, before.st_size)
+            digest = _digest(stream)
             if {_version(os.fstat(stream.fileno())), _version(_now(path))} != {_version(before)}:
                 raise InputRefused("it was changed while it was read", hint="try again")
         except ExportError as error:
@@ -89,9 +82,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(name, digest, _FORMATS[kind.format], tensors)
 
 
+def _tensors(held: Format, path: Path, stream: BinaryIO, size: int) -> Named:
+    if held == "safetensors":
+        return _safetensors(path, stream, size)
+    if held == "zip":
+        check_pickle(check_archive(stream, size))
+    else:
+        check_legacy(stream)
+    return load_isolated(stream, size)
+
+
 def _open(path: Path) -> BufferedReader:
     """Open a regular file, and nothing that reading would wait for or act on."""
-    shown = plain(path)
+    shown = plain(path, most=_LONGEST_PATH)
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -113,6 +116,13 @@ _SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def _digest(stream: BinaryIO) -> str:
+    """Return the file's SHA-256, wherever a process that shares it has left its position."""
+    with open(stream.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
+        unbuffered.seek(0)
+        return hashlib.file_digest(unbuffered, "sha256").hexdigest()
 
 
 def _now(path: Path) -> os.stat_result | None:

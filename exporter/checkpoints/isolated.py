@@ -61,12 +61,11 @@ def load_isolated(stream: BinaryIO, size: int) -> Named:
 
 def _run(stream: BinaryIO, folder: Path, memory: int, seconds: int) -> Mapping[str, Any]:
     """Return what the process says of the file. It is gone when this returns or raises."""
-    stream.seek(0)
     said = folder / "stderr.txt"
     with said.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603 - our own script, and a file that it only reads
             [sys.executable, "-P", str(_CHILD), str(folder), str(memory), str(seconds)],
-            stdin=stream,
+            stdin=stream,  # which it reads from the beginning, and shares the position of
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             cwd=folder,

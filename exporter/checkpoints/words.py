@@ -11,8 +11,8 @@ def quoted(name: object) -> str:
     return repr(text) if len(text) <= LONGEST else f"{text[:LONGEST]!r}…"
 
 
-def plain(name: object) -> str:
+def plain(name: object, *, most: int = LONGEST) -> str:
     """Return a name as it is where it prints on one line, and otherwise escaped."""
     text = str(name)
-    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    cut = text if len(text) <= most else f"{text[:most]}…"
     return cut if cut.isprintable() else repr(cut)[1:-1]

@@ -175,7 +175,7 @@ def _settled(reading: _Reading, wanted: State) -> _Reading:
     missing = found.missing(wanted)
     if missing and all(key.rpartition(".")[2] == _UNTRACKED for key in missing):
         zeros = {key: torch.zeros_like(wanted[key]) for key in missing}
-        change = f"{len(missing)} {_UNTRACKED} are not in it, and 0, which no inference reads"
+        change = f"it lacks {_UNTRACKED}, which no inference reads: 0 in {len(missing)} layers"
         found = found.then({**found.tensors, **zeros}, change)
     return found if found.tensors.keys() == wanted.keys() else reading
 

@@ -297,7 +297,7 @@ ONE = torch.ones(1)
         ),
         (
             {k: v for k, v in under("").items() if "tracked" not in k},
-            ("1 num_batches_tracked are not in it, and 0, which no inference reads",),
+            ("it lacks num_batches_tracked, which no inference reads: 0 in 1 layers",),
         ),
         (
             under("", {"aux1.fc.weight": ONE, "aux2.fc.weight": ONE}),
@@ -309,7 +309,7 @@ def test_a_known_wrapper_is_taken_off_and_stated(held, changes):
     module, loaded = fit(held)
     assert loaded == Loaded("12" * 32, "a file", changes)
     for key, value in module.state_dict().items():
-        untracked = "tracked" in key and "0, which no" in " ".join(changes)
+        untracked = "tracked" in key and "tracked, which no" in " ".join(changes)
         assert torch.equal(value, torch.zeros_like(value) if untracked else state()[key])
 
 
@@ -335,7 +335,7 @@ def test_the_names_of_torchvisions_older_densenet_are_brought_up_to_date():
     module, loaded = fit({k: v for k, v in old.items() if "tracked" not in k}, net(0))
     assert loaded.changes == (
         "5 names of torchvision's older DenseNet renamed",
-        "2 num_batches_tracked are not in it, and 0, which no inference reads",
+        "it lacks num_batches_tracked, which no inference reads: 0 in 2 layers",
     )
     assert torch.equal(module["denselayer1"].conv1.weight, wanted["denselayer1.conv1.weight"])
     assert torch.equal(module["denselayer1"].norm1.bias, wanted["denselayer1.norm1.bias"])

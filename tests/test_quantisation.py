@@ -266,6 +266,30 @@ def test_the_columns_are_what_the_weights_are_multiplied_with(attributes, option
     torch.testing.assert_close(got.sort(dim=1).values, want.sort(dim=1).values)
 
 
+@pytest.mark.parametrize(
+    ("zero", "groups", "pads"),
+    [
+        (0, 1, [1, 1, 1, 1]),
+        (128, 1, [1, 1, 1, 1]),
+        (-77, 2, [1, 0, 0, 1]),
+        (torch.tensor([5, -300, 128, 41]), 1, [0] * 4),
+        (torch.tensor([5, -300, 128, 41]), 2, [0] * 4),
+    ],
+    ids=["signed", "unsigned", "padded and grouped", "by channel", "by channel and grouped"],
+)
+def test_whole_numbers_off_zero_are_rounded_for_as_floats_are(zero, groups, pads):
+    """Sums of products of whole numbers this small are exact in float32 too."""
+    generator = torch.Generator().manual_seed(3)
+    step = a_step(group=groups, pads=pads)
+    q = torch.randint(-128, 128, (3, 4, 6, 6), generator=generator).float()
+    x = q + (zero.reshape(-1, 1, 1) if isinstance(zero, torch.Tensor) else zero)
+    weights = torch.randn(6, 4 // groups, 2, 2, generator=generator)
+    scales = weight_scales(weights) * 8  # 16 levels: rounding matters
+    whole = second_order(step, weights, scales, x, steps=Steps(1.0, zero))
+    assert torch.equal(whole, second_order(step, weights, scales, x))
+    assert not torch.equal(whole, nearest(weights, scales))
+
+
 def test_the_columns_of_a_depthwise_convolution_are_its_channels():
     x = torch.randn(2, 4, 6, 6)
     weights = torch.randn(4, 1, 3, 3)

@@ -114,7 +114,8 @@ class Asked:
             if emulator.rounds_to_half:
                 runs += ("rounded",)
             count = -(-(_HELD_OUT + _NOISE) // _AT_ONCE) * len(runs)
-            with job.stage(f"{precision}: emulate the graph asked for", count) as advance:
+            what = f"{precision}: emulate the graph asked for"
+            with job.stage(what, count, part="evidence") as advance:
                 got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
         except GraphError as error:
             return cls(model, None, unseen=str(error))
@@ -258,7 +259,7 @@ class Ladder:
             exposed = Path(folder, path.name)
             onnx.save(expose(onnx.load(path)), exposed)
             with (
-                self.job.stage(f"{artefact.name}: compare every layer"),
+                self.job.stage(f"{artefact.name}: compare every layer", part="evidence"),
                 runtime.open(exposed) as session,
             ):
                 found = {**feed, **session(feed)}

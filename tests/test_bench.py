@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -578,3 +580,11 @@ def test_this_machine_says_what_it_is():
     assert found["governor"]
     assert usable_cores() >= 1
     assert load_runtime("ort-cpu", {}).threads == 0
+
+
+@pytest.mark.skipif(environment._processor_seconds() is None, reason="this system tells no times")
+def test_what_a_child_took_is_no_other_process_load():
+    before = environment._processor_seconds()
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert environment._processor_seconds()[2] - before[2] >= 0.4

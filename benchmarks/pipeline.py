@@ -248,10 +248,10 @@ def as_markdown(
     ]
     table = [f"| {' | '.join(row)} |" for row in stages.rows(typical(found))]
     here = ", ".join(f"{key} {value}" for key, value in capture().items())
+    threads = "1 thread" if asked.threads == 1 else f"{asked.threads} threads"
     return "\n".join(
         [
-            f"# Time of the whole export at 1x{asked.pixels}x{asked.pixels}, "
-            f"{asked.threads} threads",
+            f"# Time of the whole export at 1x{asked.pixels}x{asked.pixels}, {threads}",
             "",
             f"Seconds, medians of {len(found)} rounds in turn, in brackets the least and the most, "
             f"which hold the median with {certain:.1%}. FP32, FP16 and INT8 of the document's "
@@ -392,8 +392,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores())
     keep.add_options(parser)
     asked = parser.parse_args()
-    if asked.rounds < 1:
-        parser.error(f"--rounds must be 1 or more, found {asked.rounds}")
+    if asked.rounds < 2:
+        parser.error(f"--rounds must be 2 or more, found {asked.rounds}")
     return asked
 
 

@@ -74,12 +74,13 @@ class Truth:
         held_out, noise = job.all_outputs(double, "run PyTorch in float64")
         got = job.all_outputs(single, "run PyTorch in float32")
         short = job.all_outputs(TorchSession.of(folded, output), "run the folded network")
-        parities = (
-            compare_outputs(
-                held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
-            ),
-            compare_outputs(noise, got[1], inputs=job.noise_name),
-        )
+        with job.stages.quietly("judge PyTorch in float32", part="evidence"):
+            parities = (
+                compare_outputs(
+                    held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
+                ),
+                compare_outputs(noise, got[1], inputs=job.noise_name),
+            )
         return cls(held_out, noise, single, parities, got[0], short, folded)
 
     def few(self, held_out: Array, noise: Array) -> Array:
@@ -193,11 +194,14 @@ class Ladder:
         """
         what = f"{artefact.name}: compare with PyTorch"
         held_out, noise = self.job.all_outputs(session, what)
-        parity = self._parity(artefact, held_out, noise)
         layers, unseen = self._layers(artefact, runtime, path, asked)
-        fidelity = self._fidelity(asked, self.truth.few(held_out, noise), layers, unseen)
-        if fidelity.failures:
-            fidelity = msgspec.structs.replace(fidelity, cause=self._cause(fidelity, path, asked))
+        with self.job.stages.quietly(f"{artefact.name}: judge", part="evidence"):
+            parity = self._parity(artefact, held_out, noise)
+            few = self.truth.few(held_out, noise)
+            fidelity = self._fidelity(asked, few, layers, unseen)
+            if fidelity.failures:
+                cause = self._cause(fidelity, path, asked)
+                fidelity = msgspec.structs.replace(fidelity, cause=cause)
         above = self._above(artefact, is_engine=path.suffix != ".onnx")
         self.outputs[artefact.name] = held_out
         return msgspec.structs.replace(

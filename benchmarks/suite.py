@@ -15,18 +15,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import keep
+from quantization import peers
 
 import exporter
 from exporter.environment import OtherLoad, capture
 
 HERE = Path(__file__).parent
+_PACKAGES = """
+import json
+from importlib.metadata import distributions
+print(json.dumps({d.metadata["Name"]: d.version for d in distributions()}, sort_keys=True))
+"""
 
 
 class Part(NamedTuple):
@@ -162,11 +167,19 @@ def as_json(found: Sequence[Done], date: str, *, quick: bool) -> str:
         "quick": quick,
         "resnet-export": exporter.__version__,
         "environment": capture(),
-        "packages": {d.metadata["Name"]: d.version for d in distributions()},
+        "packages": packages(sys.executable),
         "peers": _peers(found),
+        "peers_packages": packages(peers.PYTHON) if peers.PYTHON.exists() else {},
         "parts": {one.name: _without_page(one) for one in found},
     }
-    return json.dumps(plain, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+
+
+def packages(python: str | Path) -> dict[str, str]:
+    """Return every package of an environment with its version."""
+    done = subprocess.run([python, "-c", _PACKAGES], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def _without_page(one: Done) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -233,69 +233,68 @@ def rounds(folder: Path, asked: argparse.Namespace) -> list[Round]:
 def as_markdown(
     found: Sequence[Round], sizes: dict[str, int], versions: dict[str, str], asked: Any
 ) -> str:
-    rows = []
-    for line in LINES:
-        ours, theirs = [line.ours(one) for one in found], [line.theirs(one) for one in found]
-        ratio = Spread.of(a / b for a, b in zip(ours, theirs, strict=True))
-        cells = (Spread.of(ours).text(".1f"), Spread.of(theirs).text(".1f"), ratio.text(".2f"))
-        rows.append(f"| {line.what} | {' | '.join(cells)} |")
     whole = median(LINES[0].ours(one) / LINES[0].theirs(one) for one in found)
     goal = f"{'met' if whole <= GOAL else 'missed'}: {whole:.2f} where {GOAL} is the goal"
     certain = 1 - 2 ** (1 - len(found))
-    parts = [
-        f"| {part} | {Spread.of(one.report.seconds_by_part[part] for one in found).text('.1f')} |"
-        for part in found[0].report.seconds_by_part
-    ]
-    table = [f"| {' | '.join(row)} |" for row in stages.rows(typical(found))]
     here = ", ".join(f"{key} {value}" for key, value in capture().items())
     threads = "1 thread" if asked.threads == 1 else f"{asked.threads} threads"
-    return "\n".join(
-        [
-            f"# Time of the whole export at 1x{asked.pixels}x{asked.pixels}, {threads}",
-            "",
-            f"Seconds, medians of {len(found)} rounds in turn, in brackets the least and the most, "
-            f"which hold the median with {certain:.1%}. FP32, FP16 and INT8 of the document's "
-            f"network, INT8 calibrated on {asked.images} images. The peers' steps are "
-            f"{', '.join(STEPS)}. The goal for the whole is {goal}.",
-            "",
-            "| | ours | sum of the peers' steps | ours / peers |",
-            "| --- | --- | --- | --- |",
-            *rows,
-            "",
-            "Each of the peers' steps is a process; what they come to once started and imported is "
-            "held against what ours takes between start and report. Calibration is one pass for "
-            "FP16 and INT8 both, and counts as INT8's. The peers make files alone: parity in "
-            "float64, fidelity layer by layer, the question what ran, and latency are ours only.",
-            "",
-            "| the peers' step | process, s | started and imported, s |",
-            "| --- | --- | --- |",
-            *(
-                f"| {step} | {Spread.of(one.peers[step].process for one in found).text('.1f')} "
-                f"| {Spread.of(one.peers[step].work for one in found).text('.1f')} |"
-                for step in STEPS
-            ),
-            "",
-            "| ours, by what it is for | s |",
-            "| --- | --- |",
-            *parts,
-            "",
-            "## Our stages",
-            "",
-            "Medians of time, the largest of peak memory.",
-            "",
-            f"| {' | '.join(stages.HEADS)} |",
-            "| --- | --- | --- | --- | --- |",
-            *table,
-            "",
-            "## What with",
-            "",
-            *_doubts(asked.others),
-            "- files, MB: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()),
-            "- peers: " + ", ".join(f"{tool} {number}" for tool, number in versions.items()),
-            f"- here: resnet-export {exporter.__version__}, {here}",
-            "",
-        ]
-    )
+    lines = [
+        f"# Time of the whole export at 1x{asked.pixels}x{asked.pixels}, {threads}",
+        "",
+        f"Seconds, medians of {len(found)} rounds in turn, in brackets the least and the most, "
+        f"which hold the median with {certain:.1%}. FP32, FP16 and INT8 of the document's "
+        f"network, INT8 calibrated on {asked.images} images. The peers' steps are "
+        f"{', '.join(STEPS)}. The goal for the whole is {goal}.",
+        "",
+        *_table(("", "ours", "sum of the peers' steps", "ours / peers"), _against(found)),
+        "Each of the peers' steps is a process; what they come to once started and imported is "
+        "held against what ours takes between start and report. Calibration is one pass for "
+        "FP16 and INT8 both, and counts as INT8's. The peers make files alone: parity in "
+        "float64, fidelity layer by layer, the question what ran, and latency are ours only.",
+        "",
+        *_table(("the peers' step", "process, s", "started and imported, s"), _steps(found)),
+        *_table(("ours, by what it is for", "s"), _parts(found)),
+        "## Our stages",
+        "",
+        "Medians of time, the largest of peak memory.",
+        "",
+        *_table(stages.HEADS, stages.rows(typical(found))),
+        "## What with",
+        "",
+        *_doubts(asked.others),
+        "- files, MB: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()),
+        "- peers: " + ", ".join(f"{tool} {number}" for tool, number in versions.items()),
+        f"- here: resnet-export {exporter.__version__}, {here}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)),
+        "",
+    ]
+
+
+def _against(found: Sequence[Round]) -> Iterator[tuple[str, ...]]:
+    for line in LINES:
+        ours, theirs = [line.ours(one) for one in found], [line.theirs(one) for one in found]
+        ratio = Spread.of(a / b for a, b in zip(ours, theirs, strict=True))
+        spreads = (Spread.of(ours).text(".1f"), Spread.of(theirs).text(".1f"), ratio.text(".2f"))
+        yield (line.what, *spreads)
+
+
+def _steps(found: Sequence[Round]) -> Iterator[tuple[str, ...]]:
+    for step in STEPS:
+        took = [one.peers[step] for one in found]
+        process, work = Spread.of(t.process for t in took), Spread.of(t.work for t in took)
+        yield step, process.text(".1f"), work.text(".1f")
+
+
+def _parts(found: Sequence[Round]) -> Iterator[tuple[str, ...]]:
+    for part in found[0].report.seconds_by_part:
+        yield part, Spread.of(one.report.seconds_by_part[part] for one in found).text(".1f")
 
 
 def _doubts(others: float | None) -> list[str]:

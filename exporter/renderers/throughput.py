@@ -16,8 +16,7 @@ FILE = "throughput.svg"
 KNEE, FITS = "knee", "largest batch within the budget"
 _WIDTH, _PANEL = 8.5, 3.2  # inches
 _COLOURS = 10  # of matplotlib's cycle, after which lines are dashed
-_MARK, _LIMIT = "black", "#c0392b"
-_INNER, _OUTER = 70.0, 140.0  # points², of marks around a point: one fits around the other
+_LIMIT = "#c0392b"
 
 
 class Point(NamedTuple):
@@ -27,6 +26,19 @@ class Point(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Mark(NamedTuple):
+    """A larger, empty marker around a point; ``area`` is in points²."""
+
+    label: str
+    marker: str
+    colour: str
+    area: float
+
+
+_KNEE = Mark(KNEE, "o", "black", 70.0)
+_FITS = Mark(FITS, "s", _LIMIT, 140.0)
 
 
 def render(report: BenchReport) -> str:
@@ -82,8 +94,8 @@ def p90s(report: BenchReport, name: str) -> list[Point]:
 def _draw_rates(axes: Axes, report: BenchReport) -> None:
     curves = {one.name: rates(report, one.name) for one in report.timed}
     _draw(axes, list(curves.values()), labels=list(curves))
-    _mark(axes, curves, {k.name: k.batch for k in report.knees}, _MARK, "o", _INNER, KNEE)
-    _mark(axes, curves, {f.name: f.batch for f in report.fits}, _LIMIT, "s", _OUTER, FITS)
+    _put(_KNEE, axes, curves, {knee.name: knee.batch for knee in report.knees})
+    _put(_FITS, axes, curves, {fit.name: fit.batch for fit in report.fits})
     axes.set_ylim(bottom=0)
     axes.set_ylabel("images/s, at the p50")
 
@@ -91,7 +103,7 @@ def _draw_rates(axes: Axes, report: BenchReport) -> None:
 def _draw_p90s(axes: Axes, report: BenchReport, budget: float) -> None:
     curves = {one.name: p90s(report, one.name) for one in report.timed}
     _draw(axes, list(curves.values()), labels=["" for _ in curves])
-    _mark(axes, curves, {f.name: f.batch for f in report.fits}, _LIMIT, "s", _OUTER, "")
+    _put(_FITS._replace(label=""), axes, curves, {f.name: f.batch for f in report.fits})
     axes.axhline(budget, color=_LIMIT, ls="--", linewidth=1, label=f"budget: {budget:g} ms")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -116,24 +128,20 @@ def _draw(axes: Axes, curves: Sequence[list[Point]], *, labels: Sequence[str]) -
         )
 
 
-def _mark(
-    axes: Axes,
-    curves: dict[str, list[Point]],
-    where: dict[str, int | None],
-    *how: Any,
+def _put(
+    mark: Mark, axes: Axes, curves: dict[str, list[Point]], where: dict[str, int | None]
 ) -> None:
-    """Put a larger, empty marker around one point of each curve."""
-    colour, marker, area, label = how
+    """Put the mark around one point of each curve, at its batch size."""
     points = [p for name, batch in where.items() for p in curves[name] if p.batch == batch]
     if points:
         axes.scatter(
             [point.batch for point in points],
             [point.value for point in points],
-            s=area,
-            marker=marker,
-            label=label or None,
+            s=mark.area,
+            marker=mark.marker,
+            label=mark.label or None,
             facecolors="none",
-            edgecolors=colour,
+            edgecolors=mark.colour,
         )
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from exporter import environment, samples
@@ -23,8 +22,9 @@ from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.parity import collect_outputs
 from exporter.plugins import load_model, load_precision, load_runtime, remedy
 from exporter.profile import Profile
-from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
+from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Part, Source, TensorSpec
 from exporter.samples import Samples
+from exporter.stages import Stages
 from exporter.weights import Loaded, fit_weights
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Job:
-    """What was asked for, found possible; and how long each stage of it took.
+    """What was asked for, found possible; and what each stage of it took.
 
     ``calibrated`` is there once a graph was calibrated; ``overlap`` are the calibration samples
     that are among the held-out ones.
@@ -52,8 +52,7 @@ class Job:
     held_out: Samples
     noise: Array
     calibration: Samples | None
-    progress: Progress
-    stages: list[Stage] = field(default_factory=list)
+    stages: Stages
     overlap: tuple[int, ...] = ()
     calibrated: Convergence | None = None
 
@@ -75,6 +74,7 @@ class Job:
         A job that ``builds`` nothing needs no runtime that could. Calibration samples that are
         among those it is judged on are refused unless ``allow_overlap``.
         """
+        stages = Stages(progress)
         name = model if isinstance(model, str) else type(model).__name__.lower()
         chosen = load_model(model, input_shape=input_shape) if isinstance(model, str) else model
         runtimes = _runtimes(profile, builds=builds)
@@ -99,6 +99,7 @@ class Job:
             shared = samples.overlap(calibrating.inputs, held_out.inputs)
             if shared and not allow_overlap:
                 raise _overlapping(calibrating, held_out, shared)
+        stages.name_what_was("look at what was asked for")
         return cls(
             name=name,
             model=chosen,
@@ -112,17 +113,15 @@ class Job:
             held_out=held_out,
             noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
             calibration=calibrating,
-            progress=progress,
+            stages=stages,
             overlap=shared,
         )
 
-    @contextmanager
-    def stage(self, what: str, total: int | None = None) -> Iterator[Advance]:
-        """Report a stage's progress, and note how long it took."""
-        start = perf_counter()
-        with self.progress(what, total) as advance:
-            yield advance
-        self.stages.append(Stage(what, perf_counter() - start))
+    def stage(
+        self, what: str, total: int | None = None, *, part: Part = "conversion"
+    ) -> AbstractContextManager[Advance]:
+        """Report a stage's progress, and note its time and memory."""
+        return self.stages.announced(what, total, part=part)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -151,7 +150,8 @@ class Job:
         """Return what a session makes of the held-out samples and of the noise, as a stage."""
         size = self.profile.batch.opt
         inputs = (self.held_out.inputs, self.noise)
-        with self.stage(what, sum(-(-len(part) // size) for part in inputs)) as advance:
+        total = sum(-(-len(part) // size) for part in inputs)
+        with self.stage(what, total, part="evidence") as advance:
             held_out, noise = (self.outputs(session, part, advance) for part in inputs)
         return held_out, noise
 

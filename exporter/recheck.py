@@ -97,7 +97,7 @@ def check_bundle(
                 if file.name not in intact
             ),
         ),
-        stages=tuple(job.stages),
+        stages=job.stages.so_far,
         calibrated=job.calibrated,
         worst_cases=tuple(found.record for found in bundle.found),
     )
@@ -208,7 +208,8 @@ def _search(
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
     truth = TorchSession.of(job.module, job.model.output.name, double=True)
-    with job.stage(f"{artefact.name}: search the worst case", search.steps) as advance:
+    what = f"{artefact.name}: search the worst case"
+    with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(
             artefact.name,
             reference=source,

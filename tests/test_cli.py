@@ -71,7 +71,7 @@ def test_the_main_job_ends_well_and_says_where_the_report_lies(exported):
 def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
     done, _ = exported
     for precision in ("fp32", "fp16", "int8"):
-        line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu"))
+        line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu "))
         assert re.search(
             r"[\d.]+ MB +pass +pass +[\d.]+ dB +[\d.]+% +[\d.]+% +[\d.]+ ms +[\d.]+ ×", line
         ), line
@@ -107,8 +107,16 @@ def test_the_readme_shows_what_the_command_prints(exported):
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):
     done, _ = exported
-    assert "run PyTorch in float64" in done.stderr
-    assert "run PyTorch in float64" not in done.stdout
+    told = re.compile(r"^ *[\d.]+ s  run PyTorch in float64$", re.MULTILINE)
+    assert told.search(done.stderr)
+    assert not told.search(done.stdout)
+
+
+def test_where_the_time_went_is_on_the_terminal(exported):
+    done, _ = exported
+    assert re.search(r"^stage +for +time +share +peak memory$", done.stdout, re.MULTILINE)
+    assert re.search(r"run PyTorch in float64 +evidence +[\d.]+ s +[\d.]+% +[\d,]+ MB", done.stdout)
+    assert re.search(r"[\d.]+ s in all: conversion [\d.]+ s, engines [\d.]+ s, ", done.stdout)
 
 
 def test_the_report_counts_what_the_document_counts(exported):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from exporter.errors import ParityError
 from exporter.records.asked import TensorSpec
@@ -17,6 +17,9 @@ from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.worth import Comparison, Recommendation, recommend
 
+# What a stage is for: making the graphs, building engines from them, showing that they compute what
+# they should, timing them, and everything else.
+Part: TypeAlias = Literal["conversion", "engines", "evidence", "latency", "other"]
 _BASELINES = ("fp32", "fp16")  # what fewer bits are compared with, on the same runtime
 
 
@@ -133,10 +136,18 @@ class Source(Found, frozen=True):
 
 
 class Stage(Found, frozen=True):
-    """How long one step of the run took."""
+    """How long one step of the run took, and how much memory the process held in it at most.
+
+    Both are the step's own, without the steps inside it, so that the seconds of all are those of
+    the run. ``peak_bytes`` is the resident set, None where the system does not tell it; with
+    ``so_far`` it is the peak from the start of the process to the end of the step.
+    """
 
     name: str
     seconds: float
+    part: Part = "other"
+    peak_bytes: int | None = None
+    so_far: bool = False
 
 
 class Report(Found, frozen=True):
@@ -161,6 +172,19 @@ class Report(Found, frozen=True):
     stages: tuple[Stage, ...]
     worst_cases: tuple[WorstCase, ...] = ()
     calibrated: Convergence | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the run took, up to the writing of its report."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def seconds_by_part(self) -> dict[Part, float]:
+        """Return how long the stages of each kind took; no kind is left out."""
+        return {
+            part: sum(stage.seconds for stage in self.stages if stage.part == part)
+            for part in get_args(Part)
+        }
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,16 +18,22 @@ from typing import TYPE_CHECKING
 from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
+from exporter.initial import Initial
+from exporter.network import Network, code_of
 from exporter.parity import collect_outputs
-from exporter.plugins import load_model, load_precision, load_runtime, remedy
+from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
 from exporter.samples import Samples
-from exporter.weights import load_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+_UNTRAINED = (
+    "nobody trained the weights ({}): a trained network may lose more, and accuracy says nothing"
+)
 
 
 @dataclass(slots=True)
@@ -42,7 +47,7 @@ class Job:
     name: str
     model: Model
     module: nn.Module
-    weights: Path
+    weights: str
     weights_sha256: str
     input: TensorSpec
     profile: Profile
@@ -62,10 +67,11 @@ class Job:
         model: str | Model,
         profile: Profile,
         *,
-        weights: Path | None,
+        weights: Path | Initial | None,
         input_shape: tuple[int, ...] | None,
         calibration: Array | Path | None,
         progress: Progress,
+        classes: int | None = None,
         builds: bool = True,
         allow_overlap: bool = False,
     ) -> Job:
@@ -74,21 +80,14 @@ class Job:
         A job that ``builds`` nothing needs no runtime that could. Calibration samples that are
         among those it is judged on are refused unless ``allow_overlap``.
         """
-        name = model if isinstance(model, str) else type(model).__name__.lower()
-        chosen = load_model(model, input_shape=input_shape) if isinstance(model, str) else model
+        network = Network.choose(model, profile.model.args, input_shape, classes)
+        chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
-        path = weights or chosen.weights
-        if path is None:
-            raise InputRefused(
-                f"{name} ships without weights, and there is nothing to export without",
-                hint="name a safetensors file with --weights",
-            )
-        module = chosen.module()
-        digest = load_weights(module, path)
-        _check_input(module, spec, name)
+        module, origin, sha256 = network.build(weights)
+        network.check(module, spec)
         needed = any(precision.needs_calibration for precision in precisions.values())
         held_out = samples.load_split(chosen.data, spec.shape, "held-out")
         calibrating = _calibration(chosen, profile, spec, calibration, needed=needed)
@@ -98,11 +97,11 @@ class Job:
             if shared and not allow_overlap:
                 raise _overlapping(calibrating, held_out, shared)
         return cls(
-            name=name,
+            name=network.name,
             model=chosen,
             module=module,
-            weights=path,
-            weights_sha256=digest,
+            weights=origin,
+            weights_sha256=sha256,
             input=spec,
             profile=profile,
             precisions=precisions,
@@ -168,10 +167,10 @@ class Job:
         return torch.from_numpy(self.held_out.inputs[:2])
 
     def doubts(self) -> tuple[str, ...]:
-        """Return the reasons not to trust what was calibrated."""
+        """Return the reasons not to trust what was found: of the weights, and of calibration."""
+        doubts = [_UNTRAINED.format(self.weights)] if self.weights.startswith("random") else []
         if self.calibration is None or self.calibrated is None:
-            return ()
-        doubts = []
+            return tuple(doubts)
         if (count := len(self.calibration.inputs)) < FEW_IMAGES:
             doubts.append(
                 f"the scales were calibrated on {count} samples, and below {FEW_IMAGES} they "
@@ -193,12 +192,13 @@ class Job:
         """Return the record of what is exported."""
         return Source(
             model=self.name,
-            weights=self.weights.name.encode(errors="replace").decode(),  # names may be any bytes
+            weights=self.weights,
             weights_sha256=self.weights_sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             input=self.input,
             output=self.model.output,
             opset=self.profile.opset,
+            factory=code_of(self.model),
         )
 
 
@@ -253,18 +253,3 @@ def _check_memory(spec: TensorSpec, profile: Profile) -> None:
             f"{memory / 1e9:.0f} GB of memory",
             hint="lower --input or parity.random",
         )
-
-
-def _check_input(module: nn.Module, spec: TensorSpec, name: str) -> None:
-    """Raise `InputRefused` unless the network takes the shape; on torch's meta device, for free."""
-    import torch
-
-    shape = " × ".join(map(str, spec.shape))
-    if min(spec.shape) < 1:
-        raise InputRefused(f"{name} cannot take an input of {shape}: every size must be 1 or more")
-    try:
-        with torch.inference_mode():
-            deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputRefused(f"{name} cannot take an input of {shape}: {reason}") from error

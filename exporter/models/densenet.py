@@ -6,8 +6,7 @@
     transition1-3  between them: BatchNorm → ReLU → 1×1 to half the channels → 2×2 average pool
     norm5 …        BatchNorm → ReLU → global average pool → linear
 
-No weights ship. torchvision's fit by the names that its network has now; its published file still
-has older ones (``norm.1`` for ``norm1``), which ``torchvision.models`` renames as it loads it.
+No weights ship. torchvision's fit.
 """
 
 from __future__ import annotations

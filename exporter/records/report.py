@@ -114,7 +114,11 @@ class FoldRecord(Found, frozen=True):
 
 
 class Source(Found, frozen=True):
-    """What was exported: a network, its weights, and the shape it was asked to take."""
+    """What was exported: a network, its weights, and the shape it was asked to take.
+
+    ``weights_sha256`` is of the file, or of the values where nobody trained them; ``factory`` is
+    the code that made the network, None for a built-in one.
+    """
 
     model: str
     weights_sha256: str
@@ -123,6 +127,7 @@ class Source(Found, frozen=True):
     input: TensorSpec
     output: TensorSpec
     opset: int
+    factory: str | None = None
 
 
 class Stage(Found, frozen=True):

@@ -236,7 +236,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18'?"),
+        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18', "),
         ("--model resnet50", 3, "resnet50 ships without weights, and there is nothing to export without\nHint: name a safetensors file with --weights; --weights random takes untrained ones"),
         ("--model {files}/none.py:make", 3, "none.py: no such file"),
         ("--weights factory", 3, "resnet18 is built in, so that no factory made weights"),

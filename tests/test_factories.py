@@ -407,6 +407,20 @@ def test_another_factory_than_the_bundles_is_found_out(made, net):
         assert said in done.output
 
 
+def test_a_bundle_of_a_built_in_network_says_enough_to_check_it(tmp_path):
+    """Its channels, its classes and its arguments; that its values are random is said again."""
+    (tmp_path / "mine.toml").write_text(HEAD + "[model.args]\nstages = [1, 1, 1, 1]\n", "utf-8")
+    settings = {"timing.runs": 2, "timing.warmup": 0, "parity.random": 4, "batch.max": 8}
+    profile = load_profile(tmp_path / "mine.toml", {**settings, "batch.opt": 8})
+    asked = {"weights": "random", "input_shape": (4, 16, 16), "classes": 5}
+    made = exporter.run("resnet18-imagenet", profile, tmp_path / "out", **asked)
+    assert (made.source.input.shape, made.source.output.shape) == ((4, 16, 16), (5,))
+    assert made.source.factory is None
+    checked = check_bundle(tmp_path / "out", weights="random")
+    assert checked.source == made.source
+    assert [a.rung.fidelity.verdict for a in checked.artefacts] == ["pass"]
+
+
 # ── What it costs ───────────────────────────────────────────────────────────────────
 
 

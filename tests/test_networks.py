@@ -174,35 +174,105 @@ def test_googlenet_computes_what_its_paper_and_torchvision_say():
     assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_a_bottleneck_computes_what_its_paper_and_torchvision_say():
-    """ResNeXt's first stages, written as functions of the state dict alone, in float64."""
+def by_hand(name: str, **args):
+    """Return a network in float64, and convolution and BatchNorm as functions of its state dict."""
     torch.manual_seed(0)
-    args = {"stages": (2, 1, 1, 1)}
-    network = disturb(load_model("resnext50-32x4d", classes=7, args=args).module()).double()
+    network = disturb(load_model(name, classes=7, args=args).module()).double()
     w = network.state_dict()
 
-    def normed(y, name):
+    def conv(x, name, stride=1, padding=0, groups=1):
+        bias = w.get(f"{name}.bias")
+        return functional.conv2d(x, w[f"{name}.weight"], bias, stride, padding, 1, groups)
+
+    def norm(y, name):
         deviation = torch.sqrt(w[f"{name}.running_var"] + 1e-5).view(-1, 1, 1)
         unit = (y - w[f"{name}.running_mean"].view(-1, 1, 1)) / deviation
         return unit * w[f"{name}.weight"].view(-1, 1, 1) + w[f"{name}.bias"].view(-1, 1, 1)
 
-    def block(x, name, stride):
-        y = normed(functional.conv2d(x, w[f"{name}.conv1.weight"]), f"{name}.bn1").clamp(min=0)
-        y = functional.conv2d(y, w[f"{name}.conv2.weight"], None, stride, 1, groups=32)
-        y = functional.conv2d(normed(y, f"{name}.bn2").clamp(min=0), w[f"{name}.conv3.weight"])
-        if f"{name}.downsample.0.weight" in w:
-            x = functional.conv2d(x, w[f"{name}.downsample.0.weight"], None, stride)
-            x = normed(x, f"{name}.downsample.1")
-        return (normed(y, f"{name}.bn3") + x).clamp(min=0)
+    return network, w, conv, norm
 
-    x = torch.randn(2, 3, 48, 64, dtype=torch.float64)
-    y = normed(functional.conv2d(x, w["conv1.weight"], None, 2, 3), "bn1").clamp(min=0)
+
+PICTURE = torch.randn(2, 3, 48, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def computes(network, y, w, head) -> bool:
+    """Return whether a network gives the linear layer of the average of what is behind it."""
+    want = y.mean(dim=(2, 3)) @ w[f"{head}.weight"].T + w[f"{head}.bias"]
+    with torch.inference_mode():
+        return torch.allclose(network(PICTURE), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["resnext50-32x4d", "resnet18-imagenet"])
+def test_a_residual_network_computes_what_its_paper_and_torchvision_say(name):
+    network, w, conv, norm = by_hand(name, stages=(2, 1, 1, 1))
+
+    def block(x, name, stride):
+        if f"{name}.conv3.weight" in w:
+            y = norm(conv(x, f"{name}.conv1"), f"{name}.bn1").clamp(min=0)
+            y = norm(conv(y, f"{name}.conv2", stride, 1, groups=32), f"{name}.bn2").clamp(min=0)
+            y = norm(conv(y, f"{name}.conv3"), f"{name}.bn3")
+        else:
+            y = norm(conv(x, f"{name}.conv1", stride, 1), f"{name}.bn1").clamp(min=0)
+            y = norm(conv(y, f"{name}.conv2", 1, 1), f"{name}.bn2")
+        if f"{name}.downsample.0.weight" in w:
+            x = norm(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+        return (y + x).clamp(min=0)
+
+    y = norm(conv(PICTURE, "conv1", 2, 3), "bn1").clamp(min=0)
     y = functional.max_pool2d(y, 3, 2, 1)
     for name, stride in (("1.0", 1), ("1.1", 1), ("2.0", 2), ("3.0", 2), ("4.0", 2)):
         y = block(y, f"layer{name}", stride)
-    want = y.mean(dim=(2, 3)) @ w["fc.weight"].T + w["fc.bias"]
-    with torch.inference_mode():
-        assert torch.allclose(network(x), want, rtol=1e-10, atol=1e-10)
+    assert computes(network, y, w, "fc")
+
+
+def test_mobilenet_computes_what_its_paper_and_torchvision_say():
+    network, w, conv, norm = by_hand("mobilenet-v2")
+
+    def layer(x, name, stride=1, padding=0):
+        groups = x.shape[1] if w[f"{name}.0.weight"].shape[1] == 1 else 1
+        return norm(conv(x, f"{name}.0", stride, padding, groups), f"{name}.1").clamp(0, 6)
+
+    y = layer(PICTURE, "features.0", 2, 1)
+    for index in range(1, 18):
+        name, x = f"features.{index}.conv", y
+        wide = f"{name}.3.weight" in w  # the first is as narrow within as without
+        if wide:
+            y = layer(y, f"{name}.0")
+        stride = 2 if index in (2, 4, 7, 14) else 1
+        y = layer(y, f"{name}.{int(wide)}", stride, 1)
+        y = norm(conv(y, f"{name}.{1 + wide}"), f"{name}.{2 + wide}")
+        if y.shape == x.shape:
+            y = y + x
+    assert computes(network, layer(y, "features.18"), w, "classifier.1")
+
+
+def test_densenet_computes_what_its_paper_and_torchvision_say():
+    stages = (2, 3, 2, 2)
+    network, w, conv, norm = by_hand("densenet121", stages=stages)
+    y = norm(conv(PICTURE, "features.conv0", 2, 3), "features.norm0").clamp(min=0)
+    y = functional.max_pool2d(y, 3, 2, 1)
+    for stage, depth in enumerate(stages, 1):
+        for index in range(1, depth + 1):
+            name = f"features.denseblock{stage}.denselayer{index}"
+            new = conv(norm(y, f"{name}.norm1").clamp(min=0), f"{name}.conv1")
+            new = conv(norm(new, f"{name}.norm2").clamp(min=0), f"{name}.conv2", 1, 1)
+            y = torch.cat([y, new], 1)
+        if stage < 4:
+            name = f"features.transition{stage}"
+            y = conv(norm(y, f"{name}.norm").clamp(min=0), f"{name}.conv")
+            y = functional.avg_pool2d(y, 2)
+    assert computes(network, norm(y, "features.norm5").clamp(min=0), w, "classifier")
+
+
+def test_vgg_computes_what_its_paper_and_torchvision_say():
+    network, w, conv, norm = by_hand("vgg11-bn", head="average")
+    y, index = PICTURE, 0
+    for depth in (1, 1, 2, 2, 2):
+        for _ in range(depth):
+            y = norm(conv(y, f"features.{index}", 1, 1), f"features.{index + 1}").clamp(min=0)
+            index += 3
+        y, index = functional.max_pool2d(y, 2), index + 1
+    assert computes(network, y, w, "classifier")
 
 
 SMALL = {

@@ -4,7 +4,7 @@ MODEL   ?= resnet18
 BIN     := .venv/bin
 COMMA   := ,
 
-.PHONY: help export test check weights bench mutation quantization clean
+.PHONY: help export test check weights bench mutation quantization gpu clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -34,8 +34,15 @@ mutation: .venv/ready-default    ## seed conversion bugs, and count those that t
 quantization: .venv/ready-default    ## INT8 against the real peers, installed beside; see its --help
 	PYTHONPATH=benchmarks $(BIN)/python -m quantization $(BENCH)
 
+gpu:      ## all that needs an NVIDIA GPU, in under 10 minutes; what the machine lacks is skipped, by name
+	@test ! -e /dev/nvidiactl || $(BIN)/python $(HAS_TORCH) || $(PYTHON) $(HAS_TORCH) || $(MAKE) .venv/ready-gpu || true
+	@python=$(PYTHON); ! $(BIN)/python $(HAS_TORCH) || python=$(BIN)/python; PYTHONPATH=.:benchmarks:$$PYTHONPATH $$python -m gpu $(GPU)
+
 clean:    ## remove what the targets above made
 	rm -rf .venv build
+
+# A machine with a GPU may have no network, and a PyTorch of its own: what is there is used.
+HAS_TORCH = -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null
 
 # The extras are named like the runtimes, so a profile says which ones it needs. torch is pinned with
 # everything else, since an open range would pull several GB of CUDA packages.
@@ -47,6 +54,6 @@ INSTALL  = $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 	$(PYTHON) -m venv .venv
 
 .venv/ready-%: .venv/bin/python pyproject.toml constraints.txt
-	@echo 'installing the pinned dependencies into .venv, once: $(RUNTIMES) $(if $(filter dev,$*),and what the tests need)'
-	$(INSTALL) --editable '.[$(RUNTIMES)$(if $(filter dev,$*),$(COMMA)dev)]'
+	@echo 'installing the pinned dependencies into .venv, once: $(RUNTIMES) $(if $(filter dev gpu,$*),and what the tests need)'
+	$(INSTALL) --editable '.[$(RUNTIMES)$(if $(filter dev gpu,$*),$(COMMA)dev)$(if $(filter gpu,$*),$(COMMA)ort-cuda$(COMMA)tensorrt-rtx)]'
 	@touch $@

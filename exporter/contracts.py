@@ -79,9 +79,13 @@ class Model(Protocol):
 class TensorStatistics(Protocol):
     """What calibration saw of one tensor.
 
-    Every float tensor has its largest magnitudes. The rest raises `GraphError` for one that no
+    Every float tensor has its range. The rest raises `GraphError` for one that no
     convolution, product, sum or average reads. Channels lie along axis 1.
     """
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples the range is from."""
 
     @property
     def amax(self) -> float:
@@ -92,8 +96,20 @@ class TensorStatistics(Protocol):
         """Return the largest magnitude in each channel, (C,)."""
 
     @property
-    def fold_amax(self) -> Array:
-        """Return the same of each fold of the samples, (folds, C)."""
+    def channel_low(self) -> Array:
+        """Return the smallest value in each channel, (C,)."""
+
+    @property
+    def channel_high(self) -> Array:
+        """Return the largest value in each channel, (C,)."""
+
+    @property
+    def fold_low(self) -> Array:
+        """Return the smallest of each fold of the samples, (folds, C); +inf in an empty one."""
+
+    @property
+    def fold_high(self) -> Array:
+        """Return the largest of each fold, (folds, C); −inf in an empty one."""
 
     @property
     def channel_power(self) -> Array:
@@ -122,7 +138,8 @@ class Converted(NamedTuple):
     ``repairs`` are the steps that were to make it better, and what each brought; ``tensors`` what
     each quantised tensor came to; ``divisors`` what the channels of a tensor of the FP32 graph were
     divided by, (C,), by the tensor's name; ``offsets`` which tensors of this graph are one of the
-    FP32 graph's less a constant: its name, and the constant, by their own.
+    FP32 graph's less a constant: its name, and the constant, () or one per channel (C,), by their
+    own.
     """
 
     model: onnx.ModelProto
@@ -130,7 +147,7 @@ class Converted(NamedTuple):
     repairs: tuple[Repair, ...] = ()
     tensors: tuple[Quantised, ...] = ()
     divisors: Mapping[str, Array] = MappingProxyType({})
-    offsets: Mapping[str, tuple[str, float]] = MappingProxyType({})
+    offsets: Mapping[str, tuple[str, Array]] = MappingProxyType({})
 
 
 class Precision(Protocol):

@@ -25,6 +25,7 @@ from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
 from exporter.samples import Samples
+from exporter.weights import Loaded
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class Job:
     model: Model
     module: nn.Module
     weights: str
-    weights_sha256: str
+    loaded: Loaded
     input: TensorSpec
     profile: Profile
     precisions: dict[str, Precision]
@@ -86,7 +87,7 @@ class Job:
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
-        module, origin, sha256 = network.build(weights)
+        module, origin, loaded = network.build(weights)
         network.check(module, spec)
         needed = any(precision.needs_calibration for precision in precisions.values())
         held_out = samples.load_split(chosen.data, spec.shape, "held-out")
@@ -101,7 +102,7 @@ class Job:
             model=chosen,
             module=module,
             weights=origin,
-            weights_sha256=sha256,
+            loaded=loaded,
             input=spec,
             profile=profile,
             precisions=precisions,
@@ -193,11 +194,13 @@ class Job:
         return Source(
             model=self.name,
             weights=self.weights,
-            weights_sha256=self.weights_sha256,
+            weights_sha256=self.loaded.sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             input=self.input,
             output=self.model.output,
             opset=self.profile.opset,
+            weights_format=self.loaded.format,
+            weights_changes=self.loaded.changes,
             factory=code_of(self.model),
         )
 

@@ -167,8 +167,9 @@ class Ladder:
             values = self.source.emulator.run(inputs, watch=every)
         found = {**feed, **{name: value.numpy() for name, value in values.items()}}
         for name, divisor in made.divisors.items():
-            found[name] = found[name] / divisor.reshape(-1, *[1] * (found[name].ndim - 2))
-        found |= {name: found[old] - constant for name, (old, constant) in made.offsets.items()}
+            found[name] = found[name] / _by_channel(divisor, found[name])
+        for name, (old, constant) in made.offsets.items():
+            found[name] = found[old] - _by_channel(constant, found[old])
         for step in asked.emulator.steps:  # what a cast at the edge reads has a name of its own
             if step.op == "Cast" and step.writes[0] in found:
                 found.setdefault(step.reads[0], found[step.writes[0]])
@@ -330,6 +331,11 @@ class Ladder:
             flips_top=_flips(got, top),
             fidelity=fidelity,
         )
+
+
+def _by_channel(constant: Array, tensor: Array) -> Array:
+    """Return one number, or one per channel so that it meets them."""
+    return constant.reshape(-1, *[1] * (tensor.ndim - 2)) if constant.ndim else constant
 
 
 def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Array]:

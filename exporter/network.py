@@ -11,13 +11,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from exporter.checkpoints import read_checkpoint
 from exporter.contracts import Model
 from exporter.errors import InputRefused
 from exporter.factories import FactoryModel, check_output
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.plugins import load_model
 from exporter.records import TensorSpec
-from exporter.weights import load_weights
+from exporter.weights import Loaded, fit_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,33 +64,36 @@ class Network(NamedTuple):
             )
         return cls(name, model)
 
-    def build(self, weights: Path | Initial | None) -> tuple[nn.Module, str, str]:
-        """Return the module with its weights, where they are from in words, and their SHA-256.
+    def build(self, weights: Path | Initial | None) -> tuple[nn.Module, str, Loaded]:
+        """Return the module with its weights, where they are from in words, and what was loaded.
 
-        That is of the file, or of the values where there is none. Raises `InputRefused` where
-        there are no weights, or they do not fit.
+        Its digest is of the file, or of the values where there is none. Raises `InputRefused`
+        where there are no weights, or they do not fit.
         """
         code = code_of(self.model)
         if weights is None and self.model.weights is None:
             other = "factory keeps those that it made" if code else "random takes untrained ones"
             raise InputRefused(
                 f"{self.name} ships without weights, and there is nothing to export without",
-                hint=f"name a safetensors file with --weights; --weights {other}",
+                hint=f"name a file of weights with --weights; --weights {other}",
             )
         if weights == "factory" and not code:
             raise InputRefused(
                 f"{self.name} is built in, so that no factory made weights that could be kept",
                 hint="--weights random takes untrained ones",
             )
-        module = from_seed(self.model.module)
         if weights in INITIAL:
+            module = from_seed(self.model.module)
             origin = f"as {code} made them" if code else "as PyTorch initialises them"
             kind = "random, " if weights == "random" else ""
-            return module, f"{kind}{origin}, from seed {SEED}", digest(module, name=self.name)
+            loaded = Loaded(digest(module, name=self.name), "")
+            return module, f"{kind}{origin}, from seed {SEED}", loaded
         path = weights if isinstance(weights, Path) else self.model.weights
         assert path is not None
-        sha256 = load_weights(module, path)
-        return module, path.name.encode(errors="replace").decode(), sha256  # names may be any bytes
+        checkpoint = read_checkpoint(path)  # before the network is there, which takes memory too
+        module = self.model.module()
+        loaded = fit_weights(module, checkpoint)
+        return module, path.name.encode(errors="replace").decode(), loaded  # names may be any bytes
 
     def check(self, module: nn.Module, spec: TensorSpec) -> None:
         """Raise `InputRefused` unless it makes the output of the input.

@@ -71,8 +71,8 @@ def run(
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
-    ``weights`` replaces its own (safetensors; "random" are values from a seed, "factory" those that
-    a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number, and
+    ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
+    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number, and
     ``calibration``, (N, C, H, W) float32 or a .npy file of that, the draw from its training
     samples; samples that the result is judged on are refused there unless ``allow_overlap``. The
     bundle ``out`` is written whole or not at all.

@@ -84,6 +84,8 @@ def remedy(runtime: str, reason: str) -> str:
     """Return what makes a runtime usable for which something is missing."""
     if "no device" in reason:
         return "choose a device that is there, or another profile"
+    if "cannot use the NVIDIA GPU" in reason or "Triton" in reason:
+        return "install a PyTorch that was built with CUDA for this driver; it brings Triton"
     if "GPU" in reason:
         return "choose another profile or target, or a machine with that GPU"
     if "compiler" in reason or "headers" in reason:

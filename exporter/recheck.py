@@ -125,7 +125,7 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
 
 def _check_sources(job: Job, before: Report) -> None:
     """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
-    wanted, found = before.source.weights_sha256, job.weights_sha256
+    wanted, found = before.source.weights_sha256, job.loaded.sha256
     if wanted != found:
         raise InputRefused(
             f"the bundle was made from weights {before.source.weights!r} of SHA-256 "

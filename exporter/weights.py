@@ -1,93 +1,234 @@
-"""Weights from a safetensors file into a network, or a refusal that names what does not fit.
+"""A checkpoint's tensors into a network, or a refusal that names what does not fit.
 
-Half-precision storage is fine: every float16 and bfloat16 value is a float32 value, so loading is
-exact. float64 is refused, since rounding it would change the network that was asked for.
+The names must be the network's own, or become so by what wrappers are known to do to them, which is
+then stated:
+
+    {"state_dict": …}, {"model": …}, {"ema": …}    a dict in the file that holds the weights
+    module.  model.  _orig_mod.  ema.              in front of every name: DataParallel, Lightning,
+                                                   torch.compile, averaged models
+    denselayer1.norm.1 → denselayer1.norm1         torchvision's older DenseNet files
+    num_batches_tracked                            not there in files of before PyTorch 0.4.1; no
+                                                   inference reads it, so it is 0
+    aux1.  aux2.  AuxLogits.  n_averaged           there, and read in training alone: left out
+
+Whatever else differs is refused, and so is a file in which the weights are twice, as those of
+training and their average are. Half-precision storage is fine: every float16 and bfloat16 value is
+a float32 value, so loading is exact. float64 is refused, since rounding it would change the network
+that was asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.checkpoints import Checkpoint, quoted, read_checkpoint
 from exporter.errors import InputRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch import nn
 
-_SHOWN = 5
-_FLOATS = (("F32", "F16", "BF16"), "float32, float16 or bfloat16")
-_INTEGERS = (("I64", "I32", "I16", "I8", "U8"), "int64")
+    State = Mapping[str, torch.Tensor]
+
+_SHOWN = 20  # differences
+_ALIKE, _COMPARED, _LONG = 3, 500, 200  # names to find others for, among so many of such a length
+_PREFIXES = ("module.", "model.", "_orig_mod.", "ema.", "ema_model.", "state_dict.")
+_GROUPS = 16  # dicts with tensors in a file
+_DEEPEST = 4  # prefixes, one behind the other
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+_UNTRACKED = "num_batches_tracked"
+_TRAINING_ALONE = re.compile(r"(aux1|aux2|AuxLogits)\..*", re.DOTALL)
+_DOTTED = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)", re.DOTALL)
+_FLOATS = (("float32", "float16", "bfloat16"), "float32, float16 or bfloat16")
+_INTEGERS = (("int64", "int32", "int16", "int8", "uint8"), "int64")
 
 
-def load_weights(module: nn.Module, path: Path) -> str:
-    """Load ``path`` into ``module``, strictly, and return the file's SHA-256.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Where a network's weights came from: the file's digest, its format, and what was renamed."""
 
-    Raises `InputRefused` for a file that is missing, truncated or not safetensors, whose keys,
-    shapes or types are not the network's, or that holds NaN or infinite values.
+    sha256: str
+    format: str
+    changes: tuple[str, ...] = ()
+
+
+def load_weights(module: nn.Module, path: Path) -> Loaded:
+    """Load a file into ``module``, and return what it was.
+
+    Raises `InputRefused` for a file that `read_checkpoint` refuses or `fit_weights` does, and
+    leaves ``module`` as it was then.
+    """
+    return fit_weights(module, read_checkpoint(path))
+
+
+def fit_weights(module: nn.Module, checkpoint: Checkpoint) -> Loaded:
+    """Load a checkpoint into ``module``, and return what it was.
+
+    Raises `InputRefused` if its names, shapes or types are not the network's, if the weights are in
+    it more than once, or if it holds NaN or infinite values.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
 
-    if not path.exists():
-        raise InputRefused(f"{path}: no such weights file")
-    if not path.is_file():
-        raise InputRefused(f"{path}: not a file, so it holds no weights")
-    try:
-        with safe_open(path, framework="pt") as header:
-            types = {key: header.get_slice(key).get_dtype() for key in header.keys()}  # noqa: SIM118 - not a dict
-        loaded = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputRefused(
-            f"{path.name}: truncated, damaged or not a safetensors file",
-            hint="write it with safetensors.torch.save_file(model.state_dict(), path)",
-        ) from error
-    _check_keys(module.state_dict(), loaded, path.name)
-    for key, wanted in module.state_dict().items():
-        kinds, words = _FLOATS if wanted.is_floating_point() else _INTEGERS
-        if types[key] not in kinds:
-            kind = str(wanted.dtype).removeprefix("torch.")
+    wanted, name = module.state_dict(), checkpoint.name
+    chosen = _choose(wanted, checkpoint)
+    _check_shapes(wanted, chosen.tensors, name)
+    for key, value in wanted.items():
+        kinds, words = _FLOATS if value.is_floating_point() else _INTEGERS
+        if (kind := _dtype(chosen.tensors[key])) not in kinds:
             raise InputRefused(
-                f"{path.name}: tensor {key!r} is {types[key]}, which does not fit {kind} exactly",
+                f"{name}: tensor {key!r} is {kind}, which does not fit {_dtype(value)} exactly",
                 hint=f"save it as {words}",
             )
-    for key, value in loaded.items():
+    for key, value in chosen.tensors.items():
         if value.is_floating_point() and (bad := int((~torch.isfinite(value)).sum())):
             raise InputRefused(
-                f"{path.name}: tensor {key!r} holds {bad} values that are NaN or infinite"
+                f"{name}: tensor {key!r} holds {bad} values that are NaN or infinite"
             )
-    module.load_state_dict(loaded, strict=True)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    module.load_state_dict(chosen.tensors, strict=True)
+    return Loaded(checkpoint.sha256, checkpoint.format, chosen.changes)
 
 
-def _check_keys(
-    wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], name: str
-) -> None:
-    missing = [key for key in wanted if key not in found]
-    extra = [key for key in found if key not in wanted]
-    if missing or extra:
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"has unknown {_some(extra)}"] if extra else []
-        raise InputRefused(f"{name}: not this network's weights: it {' and '.join(parts)}")
+# ── Which of the names are the network's ────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """One way to read a checkpoint: its tensors by these names, and what was done to get them."""
+
+    tensors: dict[str, torch.Tensor]
+    changes: tuple[str, ...] = ()
+
+    def missing(self, wanted: State) -> list[str]:
+        return [key for key in wanted if key not in self.tensors]
+
+    def unknown(self, wanted: State) -> list[str]:
+        return [key for key in self.tensors if key not in wanted]
+
+    def then(self, tensors: dict[str, torch.Tensor], change: str) -> _Reading:
+        return _Reading(tensors, (*self.changes, change))
+
+
+def _choose(wanted: State, checkpoint: Checkpoint) -> _Reading:
+    """Return the one reading whose names are the network's."""
+    readings = [_settled(reading, wanted) for reading in _readings(checkpoint.tensors)]
+    fitting = [r for r in readings if r.tensors.keys() == wanted.keys()]
+    if not fitting:
+        raise _unfit(wanted, readings, checkpoint.name)
+    if len(fitting) > 1:
+        ways = "; or ".join(", ".join(reading.changes) or "as they are" for reading in fitting)
+        raise InputRefused(
+            f"{checkpoint.name}: this network's weights are in it {len(fitting)} times: {ways}",
+            hint="save the ones that are meant alone, with safetensors.torch.save_file",
+        )
+    return fitting[0]
+
+
+def _readings(tensors: Mapping[tuple[str, ...], torch.Tensor]) -> Iterator[_Reading]:
+    """Yield every way to read a checkpoint by known wrappers, the largest dicts first."""
+    groups: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    for (*dicts, key), value in tensors.items():
+        groups.setdefault(tuple(dicts), {})[key] = value
+    largest = sorted(groups.items(), key=lambda item: -len(item[1]))[:_GROUPS]
+    for outer, group in largest:
+        inside = "".join(f"[{quoted(key)}]" for key in outer)
+        changes = (f"taken from its {inside}",) if outer else ()
+        yield from _unwrapped(_Reading(group, changes), _DEEPEST)
+    if not groups:
+        yield _Reading({})
+
+
+def _unwrapped(reading: _Reading, deepest: int) -> Iterator[_Reading]:
+    yield reading
+    for prefix in _PREFIXES if deepest else ():
+        inner = {
+            k.removeprefix(prefix): v for k, v in reading.tensors.items() if k.startswith(prefix)
+        }
+        outside = [key for key in reading.tensors if not key.startswith(_PREFIXES)]
+        if inner and set(outside) <= {_COUNTER}:
+            change = f"{prefix!r} taken off {len(inner)} names"
+            change += f", {_COUNTER} left out" if outside else ""
+            yield from _unwrapped(reading.then(inner, change), deepest - 1)
+
+
+def _settled(reading: _Reading, wanted: State) -> _Reading:
+    """Return a reading with the names of older files, and of what training alone reads, settled.
+
+    Where that does not make it fit, it is returned as it was.
+    """
+    import torch
+
+    found = reading
+    dotted = {_DOTTED.sub(r"\1\2", key): value for key, value in found.tensors.items()}
+    if len(dotted) == len(found.tensors) and (
+        renamed := sum(key not in found.tensors for key in dotted)
+    ):
+        found = found.then(dotted, f"{renamed} names of torchvision's older DenseNet renamed")
+    if left := [key for key in found.unknown(wanted) if _TRAINING_ALONE.fullmatch(key)]:
+        rest = {key: value for key, value in found.tensors.items() if key not in left}
+        change = f"{len(left)} tensors left out, that training alone reads: {_some(left, 3)}"
+        found = found.then(rest, change)
+    missing = found.missing(wanted)
+    if missing and all(key.rpartition(".")[2] == _UNTRACKED for key in missing):
+        zeros = {key: torch.zeros_like(wanted[key]) for key in missing}
+        change = f"it lacks {_UNTRACKED}, which no inference reads: 0 in {len(missing)} layers"
+        found = found.then({**found.tensors, **zeros}, change)
+    return found if found.tensors.keys() == wanted.keys() else reading
+
+
+# ── What is said of what does not fit ───────────────────────────────────────────────
+
+
+def _unfit(wanted: State, readings: list[_Reading], name: str) -> InputRefused:
+    """Return the refusal that names the first differences of the reading that comes closest."""
+    nearest = max(readings, key=lambda r: len(wanted.keys() & r.tensors.keys()))
+    missing, extra = nearest.missing(wanted), nearest.unknown(wanted)
+    half = _SHOWN // 2
+    parts = []
+    if missing:
+        parts.append(f"lacks {_some(missing, max(half, _SHOWN - len(extra)))}")
+    if extra:
+        parts.append(f"has unknown {_some(extra, max(half, _SHOWN - len(missing)))}")
+    read = f" ({', '.join(nearest.changes)})" if nearest.changes else ""
+    return InputRefused(
+        f"{name}: not this network's weights{read}: it {' and '.join(parts)}",
+        hint=_alike(missing, extra),
+    )
+
+
+def _alike(missing: list[str], extra: list[str]) -> str | None:
+    """Return which unknown names come nearest to the first missing ones."""
+    known = [key for key in extra if len(key) < _LONG][:_COMPARED]
+    near = [
+        f"{quoted(key)} may be its {quoted(close[0])}"
+        for key in missing[:_ALIKE]
+        if (close := get_close_matches(key, known, n=1))
+    ]
+    return "; ".join(near) or None
+
+
+def _check_shapes(wanted: State, found: State, name: str) -> None:
     shapes = [
         f"{key} is {tuple(found[key].shape)}, needs {tuple(wanted[key].shape)}"
         for key in wanted
         if found[key].shape != wanted[key].shape
     ]
     if shapes:
-        raise InputRefused(
-            f"{name}: not this network's weights: {'; '.join(shapes[:_SHOWN])}{_more(shapes)}"
-        )
+        shown = "; ".join(shapes[:_SHOWN]) + _more(shapes, _SHOWN)
+        raise InputRefused(f"{name}: not this network's weights: {shown}")
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(map(repr, keys[:_SHOWN])) + _more(keys)
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
-def _more(items: list[str]) -> str:
-    return f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+def _some(keys: list[str], most: int) -> str:
+    return ", ".join(map(quoted, keys[:most])) + _more(keys, most)
+
+
+def _more(items: list[str], most: int) -> str:
+    return f" and {len(items) - most} more" if len(items) > most else ""

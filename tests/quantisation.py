@@ -7,7 +7,7 @@ import onnx
 import torch
 from torch import nn
 
-from exporter.calibration import calibrate
+from exporter.calibration import Range, calibrate
 from exporter.fold import fold_batchnorm
 from exporter.precisions._qdq import INT8, Pairs, layers_to_quantise
 from exporter.quantisation.network import Network
@@ -108,6 +108,12 @@ def images(count: int, seed: int = 3) -> np.ndarray:
     small = torch.randn(count, 3, 4, 4, generator=generator)
     contrast = 0.5 + torch.rand(count, 1, 1, 1, generator=generator)
     return (nn.functional.interpolate(small, size=(12, 12), mode="bilinear") * contrast).numpy()
+
+
+def reached(amax: float) -> Range:
+    """Return the range of a tensor that goes as far up as down."""
+    sides = np.full((1, 1), -amax, np.float32), np.full((1, 1), amax, np.float32)
+    return Range(*sides, samples=8)
 
 
 def exported(module: nn.Module, path) -> onnx.ModelProto:

@@ -177,7 +177,7 @@ def test_a_timed_run_that_computes_something_else_is_caught(bundle, bench, monke
         found = _ort._named(self.session, self.binding.copy_outputs_to_cpu())
         return first.setdefault((id(self.session), len(found["logits"])), found)
 
-    monkeypatch.setattr(_ort._Bound, "outputs", outputs)
+    monkeypatch.setattr(_ort.OrtBound, "outputs", outputs)
     report = bench(bundle, asked=msgspec.structs.replace(ASKED, runs=40))
     assert report.verdict == "fail"
     assert all(one.checked.outputs == "fail" for one in report.timed)
@@ -205,8 +205,8 @@ def test_an_accuracy_that_is_not_the_recorded_one_is_caught(copied, bench):
 def test_what_a_runtime_does_not_hand_over_is_not_checked_and_never_a_pass(
     bundle, bench, monkeypatch
 ):
-    bind = _ort._Session.bind
-    monkeypatch.setattr(_ort._Session, "bind", lambda self, feed: bind(self, feed).__call__)
+    bind = _ort.OrtSession.bind
+    monkeypatch.setattr(_ort.OrtSession, "bind", lambda self, feed: bind(self, feed).__call__)
     report = bench(bundle)
     assert {one.checked.outputs for one in report.timed} == {"not checked"}
     assert {one.checked.accuracy for one in report.timed} == {"pass"}

@@ -220,12 +220,14 @@ def test_the_smallest_and_the_largest_float_can_be_squared_and_summed():
     assert found.channel_power.tolist() == [float(tiny) ** 2, float(huge) ** 2, 0.0]
 
 
-def test_each_fold_has_its_own_largest_and_nan_stays():
+def test_each_fold_has_its_own_range_and_nan_stays():
     found = Magnitudes.empty()
     for fold, values in ((0, [3, -9, 8]), (2, [1, 2]), (0, [-7, 5]), (3, [7, 6])):
         found.add(np.array(values, dtype=np.float32), fold)
-    assert found.fold_amax.tolist() == [[9], [0], [2], [7]]
+    assert found.fold_low.tolist() == [[-9], [np.inf], [1], [6]]
+    assert found.fold_high.tolist() == [[8], [-np.inf], [2], [7]]
     assert found.channel_amax.tolist() == [9]
+    assert (found.channel_low.tolist(), found.channel_high.tolist()) == ([-9], [8])
     assert found.amax == 9
     assert found.finite
     found.add(np.array([np.nan], dtype=np.float32), 1)
@@ -395,7 +397,8 @@ def everything(found) -> dict[str, tuple]:
     """Return every figure of every tensor, to the bit."""
     kept = {}
     for name, seen in found.items():
-        kept[name] = (seen.amax, seen.samples, seen.fold_amax.tobytes())
+        sides = (seen.fold_low.tobytes(), seen.fold_high.tobytes())
+        kept[name] = (seen.amax, seen.samples, *sides)
         if isinstance(seen, Magnitudes):
             arrays = (seen.counts, seen.channel_amax, seen.channel_power)
             scales = [threshold(calibrator, seen, 99.9) for calibrator in CALIBRATORS]

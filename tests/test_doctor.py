@@ -170,6 +170,8 @@ def test_an_unknown_runtime_is_refused_before_anything_is_tried():
         ("OpenVINO has no device 'NPU' here, but CPU", "choose a device that is there"),
         ("OpenVINO has no device 'GPU' here, but CPU", "choose a device that is there"),
         ("No module named 'openvino'", "pip install 'resnet-export[openvino]'"),
+        ("PyTorch 2.13.0+cpu cannot use the NVIDIA GPU here", "built with CUDA"),
+        ("torch.compile needs Triton on CUDA (none)", "built with CUDA"),
     ],
 )
 def test_the_remedy_is_one_for_what_is_missing(reason, said):
@@ -233,7 +235,7 @@ def test_precisions_of_which_the_same_is_said_share_a_line(ort):
         "  BF16  no instructions of its own\n"
         "  INT8  VNNI\n"
         "\n"
-        "some             version 1.0, on CPU\n"
+        "some                version 1.0, on CPU\n"
         "  build  ready\n"
         "  run    ready\n"
         "    fp32: runs\n"

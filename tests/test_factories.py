@@ -242,7 +242,7 @@ def test_untrained_values_are_taken_only_where_they_are_asked_for_and_the_report
     assert drawn.source().weights == "random, as net.py:make() made them, from seed 0"
     assert drawn.doubts()[0].startswith("nobody trained the weights (random, as net.py:make()")
     assert kept.source().factory == drawn.source().factory == "net.py:make()"
-    assert kept.weights_sha256 == drawn.weights_sha256 == digest(model.network, name="")
+    assert kept.loaded.sha256 == drawn.loaded.sha256 == digest(model.network, name="")
 
 
 def test_a_built_in_network_is_initialised_from_a_seed_as_pytorch_does(net):

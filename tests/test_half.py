@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import refused
 from onnx import TensorProto, numpy_helper
-from quantisation import PLAIN
+from quantisation import PLAIN, reached
 from torch import nn
 
 from exporter import plugins
@@ -693,13 +693,6 @@ def test_half_io_and_an_fp32_region_go_together():
 # ── Around INT8 ─────────────────────────────────────────────────────────────────────
 
 
-class Whole(NamedTuple):
-    amax: float
-
-    def percentile(self, percent):
-        return self.amax
-
-
 @cache
 def with_a_small_scale() -> onnx.ModelProto:
     """The plain network with a filter of 1e-4, whose scale will be 1e-6."""
@@ -715,7 +708,7 @@ def with_a_small_scale() -> onnx.ModelProto:
 
 def around_int8():
     small = with_a_small_scale()
-    seen = {name: Whole(found.amax) for name, found in ranges(small).items()}
+    seen = {name: reached(found.amax) for name, found in ranges(small).items()}
     return convert("int8", small, seen, **PLAIN, around="fp16")
 
 
@@ -746,7 +739,7 @@ def test_tensorrt_rtx_takes_int8_with_fp32_and_half_around_it(tmp_path):
 
 def test_an_activation_beyond_halfs_range_keeps_its_layers_in_fp32_around_int8_too():
     graph, want = exported(activation)
-    seen = {name: Whole(found.amax) for name, found in ranges(graph).items()}
+    seen = {name: reached(found.amax) for name, found in ranges(graph).items()}
     quantised = plugins.load_precision("int8", PLAIN).convert(graph, seen, X).model
     made = to_half(quantised, half_io=False, statistics=seen, samples=X)
     onnx.checker.check_model(made.model, full_check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -12,19 +11,20 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantisation import alive, exported, images, inverted, residual, statistics_of
+from quantisation import alive, exported, images, inverted, reached, residual, statistics_of
 from torch import nn
 from torch.nn import functional
 
 import exporter
 from exporter import plugins
+from exporter.calibration import Range
 from exporter.emulation import Emulator
 from exporter.errors import BuildError, GraphError, ProfileError
 from exporter.fidelity import LIMIT, compare_layers, expose, judge_outputs
 from exporter.precisions._qdq import check_sums
 from exporter.precisions.int8 import Int8
 from exporter.profile import load_profile
-from exporter.quantisation.network import Network
+from exporter.quantisation.network import Network, fake_quantise
 from exporter.runtimes._graph import check_quantisation
 
 CALIBRATION, HELD_OUT = images(32), images(100, seed=9)
@@ -330,21 +330,16 @@ def test_a_zero_point_that_is_off_by_one_is_found_where_it_is(small):
 def test_what_is_never_negative_is_rounded_to_255_steps_in_the_search_too(small):
     _, model = small
     relu = next(node for node in model.graph.node if node.op_type == "Relu").output[0]
-    network = Network.of(model, {}, [], frozenset({relu}))
-    value = torch.tensor([0.0, 0.4, 0.6, 100.2, 254.9, 300.0]) / 255  # reaches as far as 1
-    found = network.quantise(relu, value, 1 / 127).double() * 255
+    network = Network.of(model, {}, [], {relu: "unsigned"})
+    seen = Range(np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), 8)
+    value = torch.tensor([[0.0, 0.4, 0.6, 100.2, 254.9, 300.0]]) / 255  # reaches as far as 1
+    found = fake_quantise(value, network.steps(relu, seen)).double() * 255
     assert torch.allclose(found, torch.tensor([0.0, 0, 1, 100, 255, 255]).double(), atol=1e-4)
-    assert network.step(relu, 1 / 127) == pytest.approx(1 / 255)
-    assert network.step("input", 1 / 127) == 1 / 127
+    assert network.steps(relu, seen).width == pytest.approx(1 / 255)
+    assert network.steps("input", seen).width == pytest.approx(1 / 127)
 
 
 # ── What could overflow, and what is dead ───────────────────────────────────────────
-
-
-class Reached(NamedTuple):
-    """A tensor's range."""
-
-    amax: float
 
 
 def two_convolutions(weights: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
@@ -372,8 +367,8 @@ def two_convolutions(weights: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
 
 def convert_planted(model: onnx.ModelProto, **options) -> onnx.ModelProto:
     chosen = Int8(**{"form": "onnxruntime", **PLAIN, **options})
-    reached = {name: Reached(1.0) for name in ("input", "c", "d")}
-    return chosen.convert(model, reached, CALIBRATION[:0]).model
+    ranges = {name: reached(1.0) for name in ("input", "c", "d")}
+    return chosen.convert(model, ranges, CALIBRATION[:0]).model
 
 
 def test_a_bias_that_would_overflow_int32_is_refused_by_its_layers_name():

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 from test_runtimes import Device, FakeEngineRuntime, device  # noqa: F401 - a fixture
 
+from exporter import plugins
 from exporter.bench.ways import ways
 from exporter.contracts import Bound, OnDevice
 from exporter.errors import RuntimeMissing
 from exporter.latency import time_in_turn
 from exporter.records import Gpu, Timing
 from exporter.runtimes import _cuda, _device, _nvml
+from exporter.runtimes.ort_cuda import OrtCuda
 from exporter.samples import noise
 
 WAYS = [_device.EVENTS, _device.COPIES, _device.GRAPH]
@@ -154,6 +160,40 @@ def test_a_graph_is_captured_once_for_a_shape_and_again_where_memory_has_moved(s
         assert np.array_equal(step.outputs()["logits"], 2 * x)
 
 
+def test_tensorrt_rtx_replays_by_itself_in_a_context_of_its_own(stream, monkeypatch):
+    """It has a strategy for it; ours captures nothing then."""
+    trt = sys.modules["pretended_trt"]
+    kernels = SimpleNamespace(EAGER="eager")
+    monkeypatch.setattr(trt, "DynamicShapesKernelSpecializationStrategy", kernels, raising=False)
+    strategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    monkeypatch.setattr(trt, "CudaGraphStrategy", strategy, raising=False)
+    configs, contexts = [], []
+
+    def context(self, config):
+        configs.append(vars(config))
+        made = type(self)()
+        made.shape, made.addresses = (), {}
+        contexts.append(made)
+        return made
+
+    doubler = type(trt.Runtime(None).deserialize_cuda_engine(b"plan"))
+    monkeypatch.setattr(doubler, "create_execution_context", context)
+    monkeypatch.setattr(
+        doubler, "create_runtime_config", lambda self: SimpleNamespace(), raising=False
+    )
+    monkeypatch.setattr(doubler, "get_tensor_shape", lambda self, name: self.shape)
+    with stream.open() as session:
+        for size in (2, 4):
+            x = noise((3,), count=size, seed=size)
+            for step in session.on_device({"input": x}).values():
+                step()
+                assert np.array_equal(step.outputs()["logits"], 2 * x)
+    plain = {"dynamic_shapes_kernel_specialization_strategy": "eager"}
+    assert configs == [plain, plain | {"cuda_graph_strategy": "whole"}]
+    assert contexts[1].shape == (4, 3)
+    assert stream.captures == 0
+
+
 def test_a_capture_that_fails_is_ended(stream):
     graphs = _device.Graphs(stream, 7)
 
@@ -261,3 +301,99 @@ def test_without_a_gpu_or_the_bindings_there_are_no_sensors(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvml=nvml))
     assert _nvml.Sensors.open() is not None
     assert nvml.is_open
+
+
+# ── ONNX Runtime ────────────────────────────────────────────────────────────────────
+
+
+class OrtOnTheCpu(OrtCuda, frozen=True):
+    """ONNX Runtime's way on CUDA, on the CPU's provider: the same calls, on real memory."""
+
+    provider: ClassVar[str] = "CPUExecutionProvider"
+    device: ClassVar[str] = "cpu"
+    provider_options: ClassVar[dict[str, str]] = {}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Pretend a stream; return it, what sessions were made with, and how each run was asked for."""
+    pretended = Stream()
+    monkeypatch.setattr(_cuda, "runtime_api", lambda: pretended)
+    pretended.providers, pretended.runs = [], []
+    made, run = ort.InferenceSession, ort.InferenceSession.run_with_iobinding
+
+    def load(path, options, *, providers, **more):
+        pretended.providers.append(providers)
+        return made(path, options, providers=["CPUExecutionProvider"], **more)
+
+    def timed(self, binding, options=None):
+        run(self, binding, options)
+        pretended.runs.append(dict(configured(options)) if options else {})
+        pretended.now += 3.0
+
+    monkeypatch.setattr(ort, "InferenceSession", load)
+    monkeypatch.setattr(made, "run_with_iobinding", timed)
+    return pretended
+
+
+def configured(options):
+    for key in ("disable_synchronize_execution_providers", "gpu_graph_id"):
+        with suppress(RuntimeError):  # it is not there
+            yield key, options.get_run_config_entry(key)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_onnxruntime_computes_in_the_stream_that_events_are_recorded_in(
+    asked, tiny_onnx, tiny_module, cuda_graph
+):
+    x = noise((1, 32, 32), count=2, seed=0)
+    with torch.inference_mode():
+        want = tiny_module(torch.from_numpy(x)).numpy()
+    with OrtOnTheCpu(cuda_graph=cuda_graph).open(tiny_onnx.path) as session:
+        steps = session.on_device({"input": x})
+        assert list(steps) == (WAYS if cuda_graph else WAYS[:2])
+        assert steps[_device.EVENTS]() == 3.0
+        for step in steps.values():
+            step()
+            assert np.allclose(step.outputs()["logits"], want, rtol=1e-4, atol=1e-4)
+    ((_, options),) = asked.providers[0]
+    assert options["user_compute_stream"] == "7"
+    assert options.get("enable_cuda_graph") == ("1" if cuda_graph else None)
+    waits = [run["disable_synchronize_execution_providers"] for run in asked.runs]
+    assert set(waits) == {"1"}
+    assert (asked.events, asked.streams) == ({}, 0)
+
+
+def test_each_shape_has_a_graph_of_its_own_and_one_place_for_all_its_batches(asked, tiny_onnx):
+    batches = [noise((1, 32, 32), count=size, seed=seed) for seed, size in enumerate((2, 3, 2))]
+    with plugins.load_runtime("ort-cpu", {}).open(tiny_onnx.path) as session:
+        want = [session({"input": x})["logits"] for x in batches]
+    with OrtOnTheCpu(cuda_graph=True).open(tiny_onnx.path) as session:
+        places = []
+        for x, logits in zip(batches, want, strict=True):
+            step = session.bind({"input": x})
+            step()
+            assert np.allclose(step.outputs()["logits"], logits, rtol=1e-4, atol=1e-5)
+            places.append(step.binding.get_outputs()[0].data_ptr())
+            assert np.allclose(session({"input": x})["logits"], logits, rtol=1e-4, atol=1e-5)
+    assert [run["gpu_graph_id"] for run in asked.runs] == ["1", "2", "1"]
+    assert places[0] == places[2] != places[1]
+
+
+def test_without_the_bindings_onnxruntime_has_the_wall_clock_alone(asked, monkeypatch, tiny_onnx):
+    def lacking():
+        raise RuntimeMissing("running an engine needs cuda-python")
+
+    monkeypatch.setattr(_cuda, "runtime_api", lacking)
+    with OrtOnTheCpu().open(tiny_onnx.path) as session:
+        assert not isinstance(session, OnDevice)
+        session.bind({"input": noise((1, 32, 32), count=2, seed=0)})()
+    ((_, options),) = asked.providers[0]
+    assert options == {}
+
+
+def test_a_graph_that_is_replayed_is_said_to_be(tiny_onnx):
+    assert OrtCuda(cuda_graph=True).describe(tiny_onnx.path) == (
+        "runs are replayed as CUDA graphs",
+    )
+    assert OrtCuda().describe(tiny_onnx.path) == ()

@@ -362,7 +362,7 @@ def test_training_writes_weights_that_load_and_say_how_good_they_are(tmp_path, m
     second = train.train(TinyModel(), tmp_path / "b.safetensors")
     assert first.sha256 == second.sha256
     module = TinyModel().module()
-    assert load_weights(module, first.path) == first.sha256
+    assert load_weights(module, first.path).sha256 == first.sha256
     inputs, labels, _ = digits((1, 32, 32), "held-out")
     with torch.inference_mode():
         hits = module(torch.from_numpy(inputs)).argmax(1).numpy() == labels

@@ -28,9 +28,10 @@ from exporter.precisions.int8 import Int8
 from exporter.quantisation.equalisation import _solve, _Tensor, equalise, factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
-from exporter.quantisation.observe import describe, measured_error, observe
+from exporter.quantisation.observe import describe, measured_error, observe, peak
 from exporter.quantisation.repair import _shrunk_mean, repair, rounded
 from exporter.quantisation.rounding import _columns, nearest, second_order, weight_scales
+from exporter.steps import Steps
 
 CALIBRATION, HELD_OUT = images(64), images(200, seed=9)
 
@@ -72,7 +73,10 @@ def equalised(model: onnx.ModelProto, p: float = 8.0):
     network = network_of(model)
     observed = observe(network, statistics_of(model, CALIBRATION), CALIBRATION[:8])
     groups = Groups.find(network, observed.shapes)
-    peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
+    peaks = {
+        name: peak(network, name, low.amin(dim=0), observed.high[name].amax(dim=0))
+        for name, low in observed.low.items()
+    }
     found = factors(network, observed, peaks, groups, p)
     return equalise(network, groups, found, observed.shapes)
 
@@ -200,7 +204,7 @@ def test_the_measured_cost_of_a_scale_is_what_it_does_to_the_outputs(plain):
     network = network_of(model)
     name = network.tensors[-1]
     largest = statistics_of(model, CALIBRATION)[name].amax
-    scales = [largest / 127, largest / 20]
+    scales = [Steps(largest / 127), Steps(largest / 20)]
     reference = network.outputs(CALIBRATION)
     truth = [
         float((network.outputs(CALIBRATION, {name: s}) - reference).square().sum(dim=1).mean())
@@ -256,7 +260,7 @@ def test_independent_inputs_are_rounded_to_the_nearest():
 def test_the_columns_are_what_the_weights_are_multiplied_with(attributes, options):
     x = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(2))
     weights = torch.randn(5, 4, 3, 3)
-    (columns,) = _columns(a_step(**attributes), weights, x, 1, seed=0)
+    (columns,) = _columns(a_step(**attributes), weights, x, 1, seed=0, pad=0)
     want = nn.functional.conv2d(x, weights, **options).transpose(0, 1).flatten(1)
     got = weights.flatten(1) @ columns
     torch.testing.assert_close(got.sort(dim=1).values, want.sort(dim=1).values)
@@ -265,7 +269,7 @@ def test_the_columns_are_what_the_weights_are_multiplied_with(attributes, option
 def test_the_columns_of_a_depthwise_convolution_are_its_channels():
     x = torch.randn(2, 4, 6, 6)
     weights = torch.randn(4, 1, 3, 3)
-    parts = list(_columns(a_step(group=4), weights, x, 4, seed=0))
+    parts = list(_columns(a_step(group=4), weights, x, 4, seed=0, pad=0))
     want = nn.functional.conv2d(x, weights, groups=4).transpose(0, 1).flatten(1)
     for channel, columns in enumerate(parts):
         got = weights[channel].flatten() @ columns
@@ -287,7 +291,7 @@ def test_corrected_biases_leave_no_error_on_average(plain):
     _, model = plain
     network = network_of(model)
     statistics = statistics_of(model, CALIBRATION)
-    scales = {name: statistics[name].amax / 20 for name in network.tensors}  # coarse on purpose
+    scales = {n: Steps(statistics[n].amax / 20) for n in network.tensors}  # coarse on purpose
     found = repair(network, scales, CALIBRATION, rounding=False)
     ((add, _),) = network.readers(network.layers[-1].writes[0])
     last = add.writes[0]  # the sum, for the identity branch has no bias of its own
@@ -317,10 +321,14 @@ def test_a_mean_that_chance_explains_is_no_reason_to_move_a_bias():
 def test_auto_is_closer_than_plain_maxima_and_says_what_each_step_brought(case):
     module, model = case
     reference = float64(module, HELD_OUT)
-    before = sqnr(reference, emulated(convert(model, **PLAIN).model, HELD_OUT))
+    signed, before = (
+        sqnr(reference, emulated(convert(model, **PLAIN | {"offset": o}).model, HELD_OUT))
+        for o in ("none", "padded")
+    )
     made = convert(model)
     after = sqnr(reference, emulated(made.model, HELD_OUT))
-    assert after > before + 1
+    assert after > signed + 1
+    assert after > before
     assert made.repairs[0].name == "max"
     assert made.repairs[0].sqnr_db == pytest.approx(before, abs=3)
     kept = [step.sqnr_db for step in made.repairs if step.kept]
@@ -409,17 +417,17 @@ def test_every_tensor_says_what_it_came_to(plain):
     _, model = plain
     network = network_of(model)
     statistics = statistics_of(model, CALIBRATION)
-    scales = {name: statistics[name].amax / 127 for name in network.tensors}
+    steps = {name: network.steps(name, statistics[name]) for name in network.tensors}
     clipped = network.tensors[0]
-    scales[clipped] /= 2
+    steps[clipped] = Steps(steps[clipped].width / 2)
     plain = rounded(network)
     weights = plain.constants(biases=False)
-    came_to = describe(network, CALIBRATION, scales, weights, plain.scales, statistics=statistics)
+    came_to = describe(network, CALIBRATION, steps, weights, plain.scales, statistics=statistics)
     found = {tensor.name: tensor for tensor in came_to}
     assert sum(tensor.share for tensor in found.values()) == pytest.approx(1)
-    x = np.abs(CALIBRATION)
-    assert found[clipped].saturated == pytest.approx((x > 127.5 * scales[clipped]).mean())
-    assert found[clipped].largest == pytest.approx(x.max())
+    beyond = np.abs(CALIBRATION + steps[clipped].width / 2) > 128 * steps[clipped].width
+    assert found[clipped].saturated == pytest.approx(beyond.mean())
+    assert found[clipped].largest == pytest.approx(np.abs(CALIBRATION).max())
     assert found[clipped].share == max(tensor.share for tensor in found.values())
     layer = network.layers[0]
     exact = onnx.numpy_helper.to_array(

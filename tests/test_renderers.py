@@ -199,7 +199,9 @@ def odd_report(name: str) -> Report:
     cost = Cost((LayerCost(name, name, (1,), 1, 1, 4, 4, 8, 8),), {name: 1})
     return report(
         source=Source(
-            "net", "12" * 32, name, 1, TensorSpec(name, (1,)), TensorSpec(name, (1,)), 20
+            *("net", "12" * 32, name, 1, TensorSpec(name, (1,)), TensorSpec(name, (1,)), 20),
+            weights_format=name,
+            weights_changes=(name,),
         ),
         environment={"cpu": name},
         fold=FoldRecord((Fate(name, name, False, name),), None),
@@ -638,6 +640,8 @@ def test_the_head_shows_the_names_of_files_and_tensors_as_they_are(name):
     text = text_of(odd_report(name))
     assert f"weights {name}, SHA-256" in text
     assert f"input {name} N×1 float32, output {name} N×1" in text
+    assert f"{'12' * 32} ({name})" in text
+    assert f"weights: {name}" in items(odd_report(name))
 
 
 @pytest.mark.parametrize("name", ["A *CPU* of 2 <GHz>", "x|y", "_one_ & `two`"])

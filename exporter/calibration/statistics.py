@@ -11,7 +11,6 @@ their mean is rounded once.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NoReturn, Self
@@ -40,14 +39,17 @@ def _nothing() -> Array:
 
 @dataclass(slots=True)
 class Range:
-    """The largest magnitudes of one tensor.
+    """The smallest and largest values of one tensor.
 
-    ``fold_amax`` (`FOLDS`, C) float32 has each channel's, fold by fold; channels lie along axis 1,
-    and a tensor of one axis is one channel.
+    ``fold_low`` and ``fold_high`` (`FOLDS`, C) float32 have each channel's, fold by fold, and are
+    infinite in a fold of no sample; channels lie along axis 1, and a tensor of one axis is one.
+    ``finite`` says whether every value seen was.
     """
 
-    fold_amax: Array = field(default_factory=_nothing)
+    fold_low: Array = field(default_factory=_nothing)
+    fold_high: Array = field(default_factory=_nothing)
     samples: int = 0
+    finite: bool = True
 
     def add(self, values: Array, fold: int = 0) -> None:
         """Look at one sample's values, float32, of any shape. NaN and infinity are kept."""
@@ -59,25 +61,35 @@ class Range:
         self.samples += 1
         if not rows.size:
             return
-        if not self.fold_amax.size:
-            self.fold_amax = np.zeros((FOLDS, len(rows)), dtype=np.float32)
-        largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
-        np.maximum(self.fold_amax[fold], largest, out=self.fold_amax[fold])
-
-    @property
-    def finite(self) -> bool:
-        """Return whether every value seen was; there may have been none."""
-        return math.isfinite(self.amax)
+        if not self.fold_low.size:
+            self.fold_low = np.full((FOLDS, len(rows)), np.inf, dtype=np.float32)
+            self.fold_high = -self.fold_low
+        low, high = rows.min(axis=1), rows.max(axis=1)
+        self.finite &= bool(np.isfinite(low).all() and np.isfinite(high).all())
+        np.minimum(self.fold_low[fold], low, out=self.fold_low[fold])
+        np.maximum(self.fold_high[fold], high, out=self.fold_high[fold])
 
     @property
     def amax(self) -> float:
         """Return the largest magnitude seen, 0 where there was no value."""
-        return abs(float(self.fold_amax.max(initial=0.0)))
+        return float(self.channel_amax.max(initial=0.0))
+
+    @property
+    def channel_low(self) -> Array:
+        smallest: Array = self.fold_low.min(axis=0)
+        return smallest
+
+    @property
+    def channel_high(self) -> Array:
+        largest: Array = self.fold_high.max(axis=0)
+        return largest
 
     @property
     def channel_amax(self) -> Array:
-        largest: Array = self.fold_amax.max(axis=0, initial=0.0)
-        return largest
+        import numpy as np
+
+        largest: Array = np.maximum(self.channel_high, -self.channel_low)
+        return np.maximum(largest, np.float32(0)) + np.float32(0)  # which is not −0
 
     @property
     def dead_channels(self) -> tuple[int, ...]:
@@ -86,8 +98,14 @@ class Range:
         return tuple(np.flatnonzero(self.channel_amax == 0).tolist())
 
     def divided(self, whole: TensorStatistics, divisor: Array | float) -> Self:
-        """Return this with the largest magnitudes of another tensor, divided by (C,) numbers."""
-        return replace(self, fold_amax=(whole.fold_amax / divisor).astype("float32"))
+        """Return this with the range of another tensor, divided by (C,) numbers."""
+        low, high = (side / divisor for side in (whole.fold_low, whole.fold_high))
+        return replace(
+            self,
+            fold_low=low.astype("float32"),
+            fold_high=high.astype("float32"),
+            samples=whole.samples,
+        )
 
     @property
     def channel_power(self) -> Array:

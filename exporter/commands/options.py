@@ -44,8 +44,8 @@ weights_option = click.option(
     "-w",
     "--weights",
     type=Weights(),
-    help="A safetensors file; random: untrained values, from a seed; factory: those that the "
-    "factory made. Default: what ships with the network.",
+    help="A safetensors file, or a .pth of a state dict; random: untrained values, from a seed; "
+    "factory: those that the factory made. Default: what ships with the network.",
 )
 classes_option = click.option(
     "--classes", type=click.IntRange(1), help="Outputs, of networks that can have any number."

@@ -75,6 +75,7 @@ class Integers(Pairs):
         tensors = self._find()
         self._reads = {name: self._readers.get(name, []) for name in tensors}
         self.unsigned = frozenset(name for name in tensors if name in self._positive)
+        self.kinds = dict.fromkeys(self.unsigned, "unsigned")
 
     def sites(self) -> dict[tuple[str, int], str]:
         """Return the tensor that is read quantised at each (node, input index).

@@ -8,11 +8,13 @@ a residual sum, so that convolution, bias, sum and ReLU can become one kernel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.errors import GraphError, UnknownName
 from exporter.onnx_edits import replace_nodes
 from exporter.records import Array
+from exporter.steps import Kind
 
 if TYPE_CHECKING:
     import onnx
@@ -67,10 +69,10 @@ def e4m3_widths(steps: Array) -> Array:
 class Pairs:
     """A graph and the Q/DQ pairs that go into it.
 
-    ``unsigned`` are the tensors whose steps all stand for 0 or more.
+    ``kinds`` are those of the tensors' steps where they are not signed.
     """
 
-    unsigned: frozenset[str] = frozenset()
+    kinds: Mapping[str, Kind] = MappingProxyType({})
 
     def __init__(
         self,
@@ -269,7 +271,11 @@ def check_sums(layer: str, weights: Array, most: int, biases: Array | None = Non
 
 def activation_scale(name: str, amax: float, storage: Storage) -> float:
     """Return a tensor's scale. Raises `GraphError` if calibration never moved it."""
-    scale = storage.scale(amax)
+    return sound_scale(name, storage.scale(amax), amax)
+
+
+def sound_scale(name: str, scale: float, amax: float) -> float:
+    """Return a tensor's scale. Raises `GraphError` if calibration never moved it."""
     if not scale >= SMALLEST:
         raise GraphError(
             f"{name!r} cannot be quantised: its magnitude is {amax:g} on the calibration data",

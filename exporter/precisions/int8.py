@@ -3,8 +3,8 @@
     activations  per tensor,       q = clip(rint(x / s), −128, 127),  s = amax / 127
     weights      per out channel,  q = clip(rint(w / s), −127, 127),  s = max |w| / 127
 
-What is never negative uses all 256 steps, s = amax / 255, with half of them taken off in one bias
-and put back in the next (`_offset`). Symmetric, zero point 0, biases left in float. Pairs stand
+What is never negative, or reaches further on one side, uses all 256 steps, with an offset taken off
+in one bias and put back in the next (`_offset`). Zero point 0, biases left in float. Pairs stand
 where TensorRT documents them ("Working with quantized types", explicit quantisation): on the input
 and the weights of every convolution, not on its output, and on the identity branch of a residual
 sum, so that convolution, bias, sum and ReLU can become one integer kernel. Linear layers are left
@@ -36,14 +36,14 @@ from exporter.precisions._integers import Integers
 from exporter.precisions._offset import Offsets
 from exporter.precisions._qdq import (
     INT8,
-    UINT8,
     Pairs,
-    activation_scale,
     check_sums,
     coverage,
     layers_to_quantise,
+    sound_scale,
 )
 from exporter.records import Array
+from exporter.steps import HIGH, LOW, UNSIGNED, Held, steps_for
 
 if TYPE_CHECKING:
     import onnx
@@ -68,8 +68,9 @@ class Int8(Plugin, frozen=True):
     for: ``"onnxruntime"`` has UINT8 activations, and quantises all that its operators read.
     ``around`` is the type of what is not quantised; ``linear`` quantises linear layers too,
     ``residual`` the identity branch of a residual sum. ``offset`` says in front of what a tensor
-    that is never negative uses all steps: also of convolutions that pad (``"padded"``), only where
-    no pad has to be added (``"free"``), or ``"none"``; UINT8 has no need of it. ``keep`` names
+    whose range does not have 0 in its middle uses all steps: also of convolutions that pad
+    (``"padded"``), only where no pad has to be added (``"free"``), or ``"none"``; UINT8 has no need
+    of it. ``keep`` names
     layers, as in the PyTorch module, that stay in float; ``half_io`` makes input and output half
     where ``around`` is.
     """
@@ -148,23 +149,32 @@ class Int8(Plugin, frozen=True):
 
     def _quantise(self, writer: Pairs, plan: Plan | None, statistics: Statistics) -> None:
         for name in writer.activations():
-            storage = UINT8 if name in writer.unsigned else INT8
-            if plan is not None:
-                amax = plan.scales[name] * 127
-            else:
-                seen, levels = statistics[name], round(storage.largest)
-                amax = threshold(self.calibrator, seen, self.percentile, levels=levels)
-            writer.quantise_activation(name, activation_scale(name, amax, storage))
+            held = self._steps(writer, name, statistics[name]) if plan is None else plan.steps[name]
+            scale = sound_scale(name, held.width, statistics[name].amax)
+            writer.quantise_activation(name, scale)
+            if isinstance(writer, Offsets):
+                writer.offset(name, held._replace(width=scale))
         for layer, whole in writer.quantise_weights(None if plan is None else plan.stored).items():
             check_sums(layer, whole, 128)
         if plan is not None:
             replace_constants(writer.graph, plan.biases)
 
+    def _steps(self, writer: Pairs, name: str, seen: TensorStatistics) -> Held:
+        """Return a tensor's steps where nothing is chosen by measurement."""
+        import numpy as np
+
+        kind = writer.kinds.get(name, "signed")
+        if self.calibrator == "max":
+            return steps_for(kind, seen.channel_low, seen.channel_high, seen.samples)
+        levels, zero = (UNSIGNED, -LOW) if kind == "unsigned" else (HIGH, 0)
+        reached = threshold(self.calibrator, seen, self.percentile, levels=levels)
+        return Held(reached / levels, np.array(zero))
+
     def _quantise_all(self, writer: Integers, plan: Plan | None, statistics: Statistics) -> None:
         def reach(name: str) -> float | None:
+            levels = UNSIGNED if name in writer.unsigned else HIGH
             if plan is not None:
-                return plan.scales[name] * 127 if name in plan.scales else None
-            levels = 255 if name in writer.unsigned else 127
+                return plan.steps[name].width * levels if name in plan.steps else None
             return threshold(self.calibrator, statistics[name], self.percentile, levels=levels)
 
         if plan is None:
@@ -204,7 +214,7 @@ class Int8(Plugin, frozen=True):
                 return divided(statistics, calibrate(equalised, given, advance=advance), divisors)
 
         return make_plan(
-            Network.of(model, places.sites(), list(places.layers), places.unsigned),
+            Network.of(model, places.sites(), list(places.layers), places.kinds),
             statistics,
             samples,
             Switches(
@@ -220,18 +230,20 @@ class Int8(Plugin, frozen=True):
 
 
 def _less_offsets(
-    statistics: Statistics, offsets: Mapping[str, tuple[str, float]]
+    statistics: Statistics, offsets: Mapping[str, tuple[str, Array]]
 ) -> dict[str, TensorStatistics]:
-    """Return how far tensors reach at most that are another less a constant."""
+    """Return the ranges of tensors that are another less a constant."""
     import numpy as np
 
     from exporter.calibration import Range
 
-    return {
-        name: Range(np.array([[statistics[old].amax + abs(constant)]], dtype=np.float32))
-        for name, (old, constant) in offsets.items()
-        if old in statistics
-    }
+    found: dict[str, TensorStatistics] = {}
+    for name, (old, constant) in offsets.items():
+        if old in statistics:
+            low, high = statistics[old].channel_low, statistics[old].channel_high
+            below, above = ((side - constant).astype(np.float32)[None] for side in (low, high))
+            found[name] = Range(below, above, statistics[old].samples)
+    return found
 
 
 PLUGIN = Int8

@@ -6,7 +6,7 @@ since rounding to second order takes most of the weights' part out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +17,9 @@ from exporter.digests import folds
 from exporter.quantisation.equalisation import factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
-from exporter.quantisation.network import HIGH, Network, Scale
-from exporter.quantisation.observe import Observed
+from exporter.quantisation.network import Network, as_steps
+from exporter.quantisation.observe import Observed, peak
+from exporter.steps import Steps, steps_for
 
 if TYPE_CHECKING:
     from exporter.records import Array
@@ -37,7 +38,7 @@ class Folds:
     ) -> None:
         self._network, self._observed, self._groups = network, observed, groups
         self._few = len(samples) < _FEW
-        count = max(len(peaks) for peaks in observed.peaks.values())
+        count = max(len(low) for low in observed.low.values())
         dealt: dict[int, list[int]] = {}
         for index, fold in enumerate(folds(samples, count)):
             dealt.setdefault(fold, []).append(index)
@@ -53,10 +54,10 @@ class Folds:
         count = len(first) + (0 if self._few else 1)
         with progress("int8: cross-validate channel factors", count) as advance:
             outputs = {fold: self._network.outputs(x) for fold, x in self._samples.items()}
-            scales = {norm: self._scales(norm) for norm in (None, *NORMS)}
+            steps = {norm: self._steps(norm) for norm in (None, *NORMS)}
             tried = {}
             for norm, headroom in first:
-                tried[norm, headroom] = self._errors(outputs, scales[norm], headroom)
+                tried[norm, headroom] = self._errors(outputs, steps[norm], headroom)
                 advance()
             plain = tried[None, 1.0]
 
@@ -65,43 +66,65 @@ class Folds:
 
             if not self._few:
                 norm, headroom = best()[0], HEADROOM[1]
-                tried[norm, headroom] = self._errors(outputs, scales[norm], headroom)
+                tried[norm, headroom] = self._errors(outputs, steps[norm], headroom)
                 advance()
         return best() if is_better(tried[best()], plain) else (None, 1.0)
 
     def _errors(
         self,
         outputs: Mapping[int, Tensor],
-        scales: Mapping[int, Mapping[str, Scale]],
+        steps: Callable[[int, float], dict[str, Steps]],
         headroom: float,
     ) -> Tensor:
         """Return ‖ŷ − y‖² of each fold's samples, with activations quantised and weights not."""
         found = []
         for fold, x in self._samples.items():
-            wider = {name: headroom * scale for name, scale in scales[fold].items()}
-            error = self._network.outputs(x, wider) - outputs[fold]
+            error = self._network.outputs(x, steps(fold, headroom)) - outputs[fold]
             found.append(error.square().sum(dim=1))
         return torch.cat(found)
 
-    def _scales(self, norm: float | None) -> dict[int, dict[str, Scale]]:
-        """Return the scales for each fold, from the ranges of the others, with no headroom."""
-        found = {}
-        for fold in self._samples:
-            peaks = {}
-            for name, by_fold in self._observed.peaks.items():
-                others = [other for other in range(len(by_fold)) if other != fold]
-                peaks[name] = by_fold[others].amax(dim=0)
-            by_group = {}
-            if norm is not None:
-                by_group = factors(self._network, self._observed, peaks, self._groups, norm)
-            found[fold] = {n: self._scale(n, peaks[n], by_group) for n in self._network.tensors}
+    def _steps(self, norm: float | None) -> Callable[[int, float], dict[str, Steps]]:
+        """Return what gives the steps for a fold, from the ranges of the others, and a headroom."""
+        network, observed = self._network, self._observed
+        ranges = {fold: self._ranges(fold) for fold in self._samples}
+        by_fold = {}
+        for fold, seen in ranges.items():
+            peaks = {name: peak(network, name, *sides) for name, sides in seen.items()}
+            by_fold[fold] = (
+                {} if norm is None else factors(network, observed, peaks, self._groups, norm)
+            )
+
+        def found(fold: int, headroom: float) -> dict[str, Steps]:
+            return {
+                name: self._scaled(name, *sides, by_fold[fold], headroom)
+                for name, sides in ranges[fold].items()
+            }
+
         return found
 
-    def _scale(self, name: str, peak: Tensor, by_group: Mapping[str, Tensor]) -> Scale:
-        """Return a tensor's scale, by channel: x / s in steps of Δ is x in steps of Δ · s."""
+    def _ranges(self, fold: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return each tensor's smallest and largest values, (C,), in all folds but one."""
+        found = {}
+        for name in self._network.tensors:
+            low, high = self._observed.low[name], self._observed.high[name]
+            others = [other for other in range(len(low)) if other != fold]
+            found[name] = (low[others].amin(dim=0), high[others].amax(dim=0))
+        return found
+
+    def _scaled(
+        self,
+        name: str,
+        low: Tensor,
+        high: Tensor,
+        by_group: Mapping[str, Tensor],
+        headroom: float,
+    ) -> Steps:
+        """Return a tensor's steps, by channel: x / s in steps of Δ is x in steps of Δ · s."""
         divisor = by_group.get(self._groups.of(name) or "")
-        if divisor is None:
-            return float(peak.max()) / HIGH
-        shape = (-1, *[1] * (len(self._observed.shapes[name]) - 2))
-        step = float((peak / divisor).max()) / HIGH
-        return (step * divisor).reshape(shape)
+        if divisor is not None:
+            low, high = low / divisor, high / divisor
+        held = steps_for(
+            self._network.kind(name), low.numpy(), high.numpy(), self._observed.samples, headroom
+        )
+        steps = as_steps(held)
+        return steps if divisor is None else steps._replace(width=held.width * divisor)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporter.quantisation.network import Network, Scale
+from exporter.quantisation.network import Network
 from exporter.quantisation.repair import rounded
 from exporter.records import Repair
+from exporter.steps import Steps
 
 if TYPE_CHECKING:
     from exporter.records import Array
 
 _GAIN = 0.1  # dB
+CUT_GAIN = 1.0  # dB, since what is cut off a range is rare and dear on samples not seen here
 _TENSOR_GAIN = 0.5  # dB
 _SOUND = 32  # samples from which the sum decides
 
@@ -29,23 +31,23 @@ class Judge:
         self._reference = self._power = torch.empty(0)
         self._before = torch.empty(0)
 
-    def first(self, network: Network, scales: Mapping[str, Scale]) -> None:
+    def first(self, network: Network, steps: Mapping[str, Steps]) -> None:
         """Judge the plain form: largest magnitudes, weights rounded to the nearest step."""
         self._reference = network.outputs(self.samples)
         self._power = self._reference.square().sum()
-        self._before = self.errors(network, scales, nearest_weights(network))
+        self._before = self.errors(network, steps, nearest_weights(network))
         self.repairs.append(Repair("max", None, True, self.decibels(self._before)))
 
     def errors(
-        self, network: Network, scales: Mapping[str, Scale], weights: Mapping[str, Tensor]
+        self, network: Network, steps: Mapping[str, Steps], weights: Mapping[str, Tensor]
     ) -> Tensor:
         """Return ‖ŷ − y‖² of each sample."""
-        outputs = network.outputs(self.samples, scales, weights)
+        outputs = network.outputs(self.samples, steps, weights)
         return (outputs - self._reference).square().sum(dim=1)
 
-    def takes(self, name: str, detail: str | None, errors: Tensor) -> bool:
-        """Note a step, and return whether it is better than the one before."""
-        kept = is_better(errors, self._before)
+    def takes(self, name: str, detail: str | None, errors: Tensor, *, least: float = _GAIN) -> bool:
+        """Note a step, and return whether it is better than the one before, by so many dB."""
+        kept = is_better(errors, self._before, least)
         self.repairs.append(Repair(name, detail, kept, self.decibels(errors)))
         if kept:
             self._before = errors
@@ -72,9 +74,9 @@ def gain(errors: Tensor, before: Tensor) -> float:
     return float(total + ratios.mean()) / 2
 
 
-def is_better(errors: Tensor, before: Tensor) -> bool:
+def is_better(errors: Tensor, before: Tensor, least: float = _GAIN) -> bool:
     """Return whether the errors are smaller, and with few samples by more than chance explains."""
-    if gain(errors, before) < _GAIN:
+    if gain(errors, before) < least:
         return False
     if len(errors) >= _SOUND:
         return True

@@ -8,13 +8,15 @@ one backward pass away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from exporter.contracts import TensorStatistics
 from exporter.emulation import Emulator, Step, Values
+from exporter.steps import HIGH, LOW, Held, Kind, Steps, steps_for
 
 if TYPE_CHECKING:
     import onnx
@@ -22,25 +24,23 @@ if TYPE_CHECKING:
     from exporter.records import Array
 
 Site: TypeAlias = tuple[str, int]  # a node's name and which of its inputs
-Scale: TypeAlias = float | Tensor
 
 BATCH = 8
-LOW, HIGH, UNSIGNED = -128, 127, 255
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
     """A graph to be quantised: ``sites`` says which tensor is read quantised where.
 
-    ``layers`` are the nodes whose weights are quantised. ``unsigned`` are tensors that are never
-    negative and are stored so: in 255 steps up to what 127 reach elsewhere.
+    ``layers`` are the nodes whose weights are quantised. ``kinds`` are those of the tensors' steps
+    where they are not signed.
     """
 
     model: onnx.ModelProto
     emulator: Emulator
     sites: Mapping[Site, str]
     layers: tuple[Step, ...]
-    unsigned: frozenset[str] = frozenset()
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -48,12 +48,12 @@ class Network:
         model: onnx.ModelProto,
         sites: Mapping[Site, str],
         layers: Sequence[str],
-        unsigned: frozenset[str] = frozenset(),
+        kinds: Mapping[str, Kind] | None = None,
     ) -> Network:
         """Read a graph. Raises `GraphError` for an operator that has no emulation."""
         emulator = Emulator.of(model).in_float32()
         chosen = tuple(step for step in emulator.steps if step.name in set(layers))
-        return cls(model, emulator, sites, chosen, unsigned)
+        return cls(model, emulator, sites, chosen, kinds or {})
 
     @property
     def input(self) -> str:
@@ -68,15 +68,14 @@ class Network:
         """Return the tensors that are read quantised, in the order they are read."""
         return tuple(dict.fromkeys(self.sites.values()))
 
-    def quantise(self, tensor: str, value: Tensor, scale: Scale) -> Tensor:
-        """Return a tensor's value as it is read, for the scale of 127 steps."""
-        if tensor in self.unsigned:
-            return fake_quantise(value, scale * HIGH / UNSIGNED, 0, UNSIGNED)
-        return fake_quantise(value, scale)
+    def kind(self, tensor: str) -> Kind:
+        return self.kinds.get(tensor, "signed")
 
-    def step(self, tensor: str, scale: float) -> float:
-        """Return how wide a tensor's steps are, for the scale of 127 steps."""
-        return scale * HIGH / UNSIGNED if tensor in self.unsigned else scale
+    def steps(self, tensor: str, seen: TensorStatistics, headroom: float = 1.0) -> Steps:
+        """Return the steps that hold all that was seen of a tensor."""
+        kind = self.kind(tensor)
+        sides = seen.channel_low, seen.channel_high
+        return as_steps(steps_for(kind, *sides, seen.samples, headroom))
 
     def readers(self, tensor: str) -> list[tuple[Step, int]]:
         """Return who reads a tensor, and as which input."""
@@ -94,7 +93,7 @@ class Network:
     def run(
         self,
         x: Tensor,
-        scales: Mapping[str, Scale] | None = None,
+        steps: Mapping[str, Steps] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         *,
         offsets: Mapping[str, Tensor] | None = None,
@@ -102,7 +101,7 @@ class Network:
     ) -> Values:
         """Return the output and the tensors to ``watch`` for one batch.
 
-        ``scales`` quantises tensors where they are read so, ``weights`` replaces constants, and
+        ``steps`` quantises tensors where they are read so, ``weights`` replaces constants, and
         ``offsets`` are added to tensors where they are read quantised.
         """
         constants = {**self.emulator.constants, **(weights or {})}
@@ -117,7 +116,7 @@ class Network:
                 value = None if not name else values.get(name, constants.get(name))
                 if value is not None and (step.name, index) in self.sites:
                     if name not in read:
-                        read[name] = self._as_read(value, name, scales, offsets)
+                        read[name] = _as_read(value, name, steps, offsets)
                     value = read[name]
                 inputs.append(value)
             for name, value in self.emulator.compute(step, inputs).items():
@@ -130,26 +129,15 @@ class Network:
                     read.pop(name, None)
         return found
 
-    def _as_read(
-        self,
-        value: Tensor,
-        name: str,
-        scales: Mapping[str, Scale] | None,
-        offsets: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        if scales is not None and name in scales:
-            value = self.quantise(name, value, scales[name])
-        return value if offsets is None else value + offsets[name]
-
     def outputs(
         self,
         samples: Array,
-        scales: Mapping[str, Scale] | None = None,
+        steps: Mapping[str, Steps] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the outputs, (samples, outputs) float64."""
         with torch.inference_mode():
-            found = [self.run(x, scales, weights)[self.output] for x in batches(samples)]
+            found = [self.run(x, steps, weights)[self.output] for x in batches(samples)]
             return torch.cat([part.flatten(1) for part in found]).double()
 
 
@@ -164,6 +152,37 @@ def parts(samples: int) -> int:
     return -(-samples // BATCH)
 
 
-def fake_quantise(x: Tensor, scale: Scale, low: int = LOW, high: int = HIGH) -> Tensor:
-    """Return clip(rint(x / s), low, high) · s, for one s or one per channel."""
-    return (x / scale).round_().clamp_(low, high).mul_(scale)
+def _as_read(
+    value: Tensor,
+    name: str,
+    steps: Mapping[str, Steps] | None,
+    offsets: Mapping[str, Tensor] | None,
+) -> Tensor:
+    if steps is not None and name in steps:
+        value = fake_quantise(value, steps[name])
+    return value if offsets is None else value + offsets[name]
+
+
+def as_steps(held: Held) -> Steps:
+    """Return what is stored as what tensors are quantised with."""
+    return Steps(held.width, torch.from_numpy(held.zero) if held.zero.ndim else int(held.zero))
+
+
+def fake_quantise(x: Tensor, steps: Steps) -> Tensor:
+    """Return clip(rint(x / width), zero − 128, zero + 127) · width, channels along axis 1."""
+    width, zero = (_along(part, x) for part in steps)
+    low: Any = zero + LOW
+    high: Any = zero + HIGH
+    return (x / width).round_().clamp_(low, high).mul_(width)
+
+
+def is_cut_off(x: Tensor, steps: Steps) -> Tensor:
+    """Return which values lie beyond the steps by more than half of one."""
+    width, zero = (_along(part, x) for part in steps)
+    at = x / width - zero
+    return (at < LOW - 0.5) | (at > HIGH + 0.5)
+
+
+def _along(part: float | Tensor, x: Tensor) -> float | Tensor:
+    """Return one number, or one per channel so that it meets them."""
+    return part.reshape(-1, *[1] * (x.ndim - 2)) if isinstance(part, Tensor) else part

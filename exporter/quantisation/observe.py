@@ -23,8 +23,9 @@ from torch import Tensor
 
 from exporter.contracts import Advance, Progress, Statistics, silent
 from exporter.emulation import Step
-from exporter.quantisation.network import HIGH, Network, batches, parts
+from exporter.quantisation.network import Network, batches, fake_quantise, is_cut_off, parts
 from exporter.records import Quantised
+from exporter.steps import Steps, reach
 
 if TYPE_CHECKING:
     from exporter.records import Array
@@ -37,12 +38,14 @@ _SEED = 0
 class Observed:
     """What is known of each tensor that is read quantised, by its name.
 
-    ``peaks`` (folds, C) are the largest magnitudes of each channel, ``power`` (C,) its mean square,
-    and ``gain`` (C,) is Σ g², the mean over samples; ``gain_behind`` (O,) is that of what each
-    weighted layer writes. ``shapes`` are every tensor's.
+    ``low`` and ``high`` (folds, C) are the ranges of each channel, from all ``samples``, ``power``
+    (C,) its mean square, and ``gain`` (C,) is Σ g², the mean over samples; ``gain_behind`` (O,) is
+    that of what each weighted layer writes. ``shapes`` are every tensor's.
     """
 
-    peaks: Mapping[str, Tensor]
+    samples: int
+    low: Mapping[str, Tensor]
+    high: Mapping[str, Tensor]
     power: Mapping[str, Tensor]
     gain: Mapping[str, Tensor]
     gain_behind: Mapping[str, Tensor]
@@ -57,7 +60,9 @@ def observe(
         gain, behind = _gains(network, samples, advance)
     seen = {name: statistics[name] for name in network.tensors}
     return Observed(
-        peaks={name: torch.from_numpy(tensor.fold_amax) for name, tensor in seen.items()},
+        samples=statistics[network.input].samples,
+        low={name: torch.from_numpy(tensor.fold_low) for name, tensor in seen.items()},
+        high={name: torch.from_numpy(tensor.fold_high) for name, tensor in seen.items()},
         power={name: torch.from_numpy(tensor.channel_power) for name, tensor in seen.items()},
         gain=gain,
         gain_behind=behind,
@@ -65,14 +70,19 @@ def observe(
     )
 
 
+def peak(network: Network, tensor: str, low: Tensor, high: Tensor) -> Tensor:
+    """Return how far each channel of a tensor goes from the middle of its steps, (C,)."""
+    return torch.from_numpy(reach(network.kind(tensor), low.numpy(), high.numpy()))
+
+
 def measured_error(
     network: Network,
     samples: Array,
-    candidates: Mapping[str, Sequence[float]],
+    candidates: Mapping[str, Sequence[Steps]],
     *,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Return what each candidate scale of each tensor costs alone: ‖J·e‖² by sample.
+    """Return what each tensor's candidates for its steps cost alone: ‖J·e‖² by sample.
 
     The result is (candidates, samples · probes) float64, to first order.
     """
@@ -81,11 +91,11 @@ def measured_error(
     with progress("int8: measure every tensor's thresholds", count) as advance:
         for probe in _probe(network, samples):
             with torch.inference_mode():
-                for name, scales in candidates.items():
+                for name, candidate in candidates.items():
                     rows = []
-                    for scale in scales:
+                    for steps in candidate:
                         value = probe.values[name]
-                        error = network.quantise(name, value, scale).sub_(value)
+                        error = fake_quantise(value, steps).sub_(value)
                         cost = error.mul_(probe.read[name]).flatten(1).sum(dim=1)
                         rows.append(cost.double().square())
                     found[name].append(torch.stack(rows))
@@ -96,16 +106,16 @@ def measured_error(
 def describe(
     network: Network,
     samples: Array,
-    scales: Mapping[str, float],
+    steps: Mapping[str, Steps],
     weights: Mapping[str, Tensor],
-    steps: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
     *,
     statistics: Statistics,
     progress: Progress = silent,
 ) -> tuple[Quantised, ...]:
     """Return what each quantised tensor and each layer's weights came to, on the samples.
 
-    ``weights`` are the dequantised ones and ``steps`` their scales, by the weights' name;
+    ``weights`` are the dequantised ones and ``scales`` theirs, by the weights' name;
     ``statistics`` know the dead channels, from all calibration samples.
     """
     read = {name: _Seen() for name in network.tensors}
@@ -113,10 +123,9 @@ def describe(
     with progress("int8: describe every tensor", _PROBES * parts(len(samples))) as advance:
         for probe in _probe(network, samples):
             with torch.inference_mode():
-                for name, scale in scales.items():
+                for name, stored in steps.items():
                     value = probe.values[name]
-                    beyond = value.abs() > (HIGH + 0.5) * scale
-                    as_read = network.quantise(name, value, scale)
+                    as_read, beyond = fake_quantise(value, stored), is_cut_off(value, stored)
                     read[name].add(value, as_read, probe.read[name], beyond)
                 for layer in network.layers:
                     name, constant = layer.writes[0], layer.reads[1]
@@ -133,7 +142,7 @@ def describe(
                 layers=tuple(dict.fromkeys(n for (n, _), t in network.sites.items() if t == name)),
                 is_weights=False,
                 largest=read[name].largest,
-                scale=network.step(name, scales[name]),
+                scale=float(steps[name].width),
                 saturated=read[name].saturated / max(read[name].values, 1),
                 dead=len(statistics[name].dead_channels),
                 sqnr_db=decibels(read[name].power, read[name].error),
@@ -142,7 +151,7 @@ def describe(
             for name in network.tensors
         ),
         *(
-            _weights(network, layer, weights, steps, written[layer.writes[0]].cost / total)
+            _weights(network, layer, weights, scales, written[layer.writes[0]].cost / total)
             for layer in network.layers
         ),
     )
@@ -176,7 +185,7 @@ def _weights(
     network: Network,
     layer: Step,
     weights: Mapping[str, Tensor],
-    steps: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
     share: float,
 ) -> Quantised:
     name = layer.reads[1]
@@ -187,7 +196,7 @@ def _weights(
         layers=(layer.name,),
         is_weights=True,
         largest=float(exact.abs().max()),
-        scale=float(steps[name].max()),
+        scale=float(scales[name].max()),
         saturated=0.0,
         dead=int((exact.flatten(1).abs().amax(dim=1) == 0).sum()),
         sqnr_db=decibels(float(exact.square().sum()), float(off.square().sum())),

@@ -8,8 +8,8 @@
 1 is chosen by cross-validation: the samples are dealt into four folds, and each fold's outputs are
 compared with the float network's under the ranges of the three others, so that what unseen inputs
 do is in the choice. 2 to 4 are judged on samples that 3 and 4 do not see. Nothing
-replaces the plainer form unless it is better by 0.1 dB, and below 32 samples by more than chance
-explains (one standard error of the paired differences).
+replaces the plainer form unless it is better by 0.1 dB, thresholds by 1 dB, and below 32 samples by
+more than chance explains (one standard error of the paired differences).
 
 The samples are taken in the order of their SHA-256, so that the order they come in does not matter.
 """
@@ -29,11 +29,12 @@ from exporter.digests import digests
 from exporter.quantisation.equalisation import equalise, factors
 from exporter.quantisation.folds import Folds
 from exporter.quantisation.groups import Groups
-from exporter.quantisation.judge import Judge, costs_less, nearest_weights
-from exporter.quantisation.network import HIGH, UNSIGNED, Network
-from exporter.quantisation.observe import Observed, describe, measured_error, observe
+from exporter.quantisation.judge import CUT_GAIN, Judge, costs_less, nearest_weights
+from exporter.quantisation.network import Network
+from exporter.quantisation.observe import Observed, describe, measured_error, observe, peak
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
+from exporter.steps import HIGH, UNSIGNED, Held, Steps
 
 if TYPE_CHECKING:
     import onnx
@@ -67,24 +68,24 @@ class Plan:
     """A float graph to be quantised, and how.
 
     ``model`` is the FP32 graph, equalised or as it was, ``statistics`` are its own, ``divisors``
-    what each of its tensors was divided by, (C,); ``scales`` are the activations', ``weights``
-    whole numbers with ``steps`` (O,) per output channel, and ``biases`` replace the graph's.
+    what each of its tensors was divided by, (C,); ``steps`` are the activations', ``weights``
+    whole numbers with ``scales`` (O,) per output channel, and ``biases`` replace the graph's.
     """
 
     model: onnx.ModelProto
     statistics: Statistics
     divisors: Mapping[str, Array]
-    scales: Mapping[str, float]
+    steps: Mapping[str, Held]
     weights: Mapping[str, Array]
-    steps: Mapping[str, Array]
+    scales: Mapping[str, Array]
     biases: Mapping[str, Array]
     repairs: tuple[Repair, ...]
     tensors: tuple[Quantised, ...]
 
     @property
     def stored(self) -> dict[str, tuple[Array, Array]]:
-        """Return weights and their steps, by name."""
-        return {name: (weights, self.steps[name]) for name, weights in self.weights.items()}
+        """Return weights and their scales, by name."""
+        return {name: (weights, self.scales[name]) for name, weights in self.weights.items()}
 
 
 def make_plan(
@@ -103,8 +104,8 @@ def make_plan(
     judge = Judge(held)
     observed = observe(network, statistics, chosen[:_PROBED], progress=progress)
     state = _State(network, statistics, {}, {}, 1.0)
-    state = replace(state, scales=state.largest())
-    judge.first(network, state.scales)
+    state = replace(state, steps=state.largest())
+    judge.first(network, state.steps)
     if switches.equalise:
         counted = chosen[:_COUNTED] if switches.calibrator in ("auto", "max") else samples
         state = _equalised(state, observed, chosen, judge, partial(recalibrate, counted), progress)
@@ -117,13 +118,15 @@ class _State:
     network: Network
     statistics: Statistics
     divisors: Mapping[str, Tensor]
-    scales: Mapping[str, float]
+    steps: Mapping[str, Steps]
     headroom: float
 
-    def largest(self) -> dict[str, float]:
-        """Return the scales that hold every magnitude seen, with the headroom."""
-        tensors = self.network.tensors
-        return {name: self.headroom * self.statistics[name].amax / HIGH for name in tensors}
+    def largest(self) -> dict[str, Steps]:
+        """Return the steps that hold all that was seen, with the headroom."""
+        return {
+            name: self.network.steps(name, self.statistics[name], self.headroom)
+            for name in self.network.tensors
+        }
 
 
 # ── Channel factors ─────────────────────────────────────────────────────────────────
@@ -151,17 +154,20 @@ def _equalised(
     divisors: dict[str, Tensor] = {}
     statistics = state.statistics
     if norm is not None:
-        peaks = {name: peak.amax(dim=0) for name, peak in observed.peaks.items()}
+        peaks = {
+            name: peak(network, name, low.amin(dim=0), observed.high[name].amax(dim=0))
+            for name, low in observed.low.items()
+        }
         by_group = factors(network, observed, peaks, groups, norm)
         model, divisors = equalise(network, groups, by_group, observed.shapes)
         statistics = recalibrate(model, {n: s.numpy() for n, s in divisors.items()})
         names = [layer.name for layer in network.layers]
-        network = Network.of(model, network.sites, names, network.unsigned)
+        network = Network.of(model, network.sites, names, network.kinds)
         detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
     new = _State(network, statistics, divisors, {}, headroom)
-    new = replace(new, scales=new.largest())
+    new = replace(new, steps=new.largest())
     taken = judge.takes(
-        "equalise", detail, judge.errors(network, new.scales, nearest_weights(network))
+        "equalise", detail, judge.errors(network, new.steps, nearest_weights(network))
     )
     return new if taken else state
 
@@ -172,36 +178,45 @@ def _equalised(
 def _thresholds(
     state: _State, switches: Switches, samples: Array, judge: Judge, progress: Progress
 ) -> _State:
-    """Return the state with the thresholds asked for, or each tensor's cheapest."""
+    """Return the state with the thresholds asked for, or each tensor's cheapest.
 
-    def scale(calibrator: str, tensor: str) -> float:
-        levels = UNSIGNED if tensor in state.network.unsigned else HIGH
+    Steps that do not have 0 in the middle, or at their end, are not cut short.
+    """
+
+    def cut(calibrator: str, tensor: str) -> Steps:
+        levels = UNSIGNED if state.network.kind(tensor) == "unsigned" else HIGH
         seen = state.statistics[tensor]
-        return threshold(calibrator, seen, switches.percentile, levels=levels) / HIGH
+        reached = threshold(calibrator, seen, switches.percentile, levels=levels)
+        return state.steps[tensor]._replace(width=reached / levels)
 
-    tensors = state.network.tensors
     if switches.calibrator == "max":
         return state
+    tensors = [name for name, steps in state.steps.items() if _is_plain(state.network, name, steps)]
     if switches.calibrator != "auto":
-        return replace(state, scales={name: scale(switches.calibrator, name) for name in tensors})
+        return replace(
+            state, steps={**state.steps, **{n: cut(switches.calibrator, n) for n in tensors}}
+        )
     names = [name for name in CALIBRATORS if name != "max"]
     candidates = {
-        tensor: [state.scales[tensor], *(scale(name, tensor) for name in names)]
-        for tensor in tensors
+        tensor: [state.steps[tensor], *(cut(name, tensor) for name in names)] for tensor in tensors
     }
-    scales, changed = dict(state.scales), []
+    steps, changed = dict(state.steps), []
     errors = measured_error(state.network, samples, candidates, progress=progress)
     for tensor, rows in errors.items():
         best = int(rows.mean(dim=1).argmin())
         if best and costs_less(rows[best], rows[0]):
-            scales[tensor] = candidates[tensor][best]
+            steps[tensor] = candidates[tensor][best]
             changed.append(f"{names[best - 1]} for {tensor}")
     if not changed:
         judge.skips("thresholds", "the largest magnitude is best for every tensor")
         return state
-    now = judge.errors(state.network, scales, nearest_weights(state.network))
-    taken = judge.takes("thresholds", ", ".join(changed), now)
-    return replace(state, scales=scales) if taken else state
+    now = judge.errors(state.network, steps, nearest_weights(state.network))
+    taken = judge.takes("thresholds", ", ".join(changed), now, least=CUT_GAIN)
+    return replace(state, steps=steps) if taken else state
+
+
+def _is_plain(network: Network, tensor: str, steps: Steps) -> bool:
+    return network.kind(tensor) == "unsigned" or (isinstance(steps.zero, int) and steps.zero == 0)
 
 
 # ── Weights and biases ──────────────────────────────────────────────────────────────
@@ -221,10 +236,10 @@ def _repaired(
 
     def attempt(what: str, *, rounding: bool) -> Repaired:
         with progress(f"int8: {what}", len(network.layers)) as advance:
-            return repair(network, state.scales, samples, rounding=rounding, advance=advance)
+            return repair(network, state.steps, samples, rounding=rounding, advance=advance)
 
     def takes(name: str, made: Repaired, *, biases: bool) -> bool:
-        errors = judge.errors(network, state.scales, made.constants(biases=biases))
+        errors = judge.errors(network, state.steps, made.constants(biases=biases))
         return judge.takes(name, f"on {len(samples)} samples", errors)
 
     if switches.rounding:
@@ -248,7 +263,7 @@ def _plan(
     tensors = describe(
         state.network,
         judge.samples[:_DESCRIBED],
-        state.scales,
+        state.steps,
         found.constants(biases=False),
         found.scales,
         statistics=state.statistics,
@@ -258,13 +273,19 @@ def _plan(
         model=state.network.model,
         statistics=state.statistics,
         divisors={name: s.numpy() for name, s in state.divisors.items()},
-        scales=state.scales,
+        steps={name: _held(steps) for name, steps in state.steps.items()},
         weights={name: w.numpy().astype(np.int8) for name, w in found.whole.items()},
-        steps={name: s[:, 0].numpy() for name, s in found.scales.items()},
+        scales={name: s[:, 0].numpy() for name, s in found.scales.items()},
         biases={n: b.numpy() for n, b in found.biases.items()} if biases else {},
         repairs=tuple(judge.repairs),
         tensors=tensors,
     )
+
+
+def _held(steps: Steps) -> Held:
+    import numpy as np
+
+    return Held(float(steps.width), np.asarray(steps.zero))
 
 
 def _in_order(samples: Array) -> Array:

@@ -24,8 +24,9 @@ from torch import Tensor
 from exporter.contracts import Advance
 from exporter.emulation import Step, Values
 from exporter.emulation.rounding import LAYERS
-from exporter.quantisation.network import BATCH, Network
+from exporter.quantisation.network import BATCH, Network, fake_quantise
 from exporter.quantisation.rounding import nearest, second_order, weight_scales
+from exporter.steps import Steps
 
 if TYPE_CHECKING:
     from exporter.records import Array
@@ -71,7 +72,7 @@ def affordable(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def repair(
     network: Network,
-    scales: Mapping[str, float],
+    steps: Mapping[str, Steps],
     samples: Array,
     *,
     rounding: bool,
@@ -79,10 +80,10 @@ def repair(
 ) -> Repaired:
     """Return the network's weights, rounded for the samples or to the nearest, and its biases.
 
-    ``scales`` are those of the tensors that are read quantised. ``advance`` is called after every
+    ``steps`` are those of the tensors that are read quantised. ``advance`` is called after every
     layer.
     """
-    pair = _Pair(network, scales, Repaired(), rounding)
+    pair = _Pair(network, steps, Repaired(), rounding)
     with torch.inference_mode():
         pair.run(torch.from_numpy(samples), advance)
     return pair.found
@@ -93,7 +94,7 @@ class _Pair:
     """The float network and the quantised one, run side by side, node by node."""
 
     network: Network
-    scales: Mapping[str, float]
+    steps: Mapping[str, Steps]
     found: Repaired
     rounding: bool
     float_values: Values = field(default_factory=dict)
@@ -127,7 +128,7 @@ class _Pair:
         if value is None or (step.name, index) not in self.network.sites:
             return value
         if name not in self.read:
-            self.read[name] = self.network.quantise(name, value, self.scales[name])
+            self.read[name] = fake_quantise(value, self.steps[name])
         return self.read[name]
 
     def _layer(self, step: Step) -> Tensor:
@@ -143,7 +144,7 @@ class _Pair:
                     weights,
                     scales,
                     inputs[0],
-                    width=self._width(step),
+                    steps=self._steps(step),
                     seed=len(self.found.whole),
                 )
                 if self.rounding and not step.attributes.get("auto_pad", b"").startswith(b"SAME")
@@ -159,12 +160,9 @@ class _Pair:
         self.found.biases[step.reads[2]] = bias + shift
         return output + shift.reshape(-1, *[1] * (output.ndim - 2))
 
-    def _width(self, step: Step) -> float | None:
-        """Return how wide the steps of a layer's input are, if it is read quantised."""
-        name = step.reads[0]
-        if (step.name, 0) not in self.network.sites:
-            return None
-        return self.network.step(name, self.scales[name])
+    def _steps(self, step: Step) -> Steps | None:
+        """Return the steps of a layer's input, if it is read quantised."""
+        return self.steps[step.reads[0]] if (step.name, 0) in self.network.sites else None
 
     def _target(self, step: Step) -> Tensor:
         """Return what the layer should give: the float output, less an error it can make up for."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.emulation import Step
+from exporter.steps import Steps
 
 LIMIT = 127
 _COLUMNS = 6144
@@ -50,50 +51,58 @@ def second_order(
     scales: Tensor,
     inputs: Tensor,
     *,
-    width: float | None = None,
+    steps: Steps | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Return the weights as whole numbers of their channel's scale, rounded for these inputs.
 
     ``inputs`` are what the layer reads, (samples, C, …); columns are drawn evenly from them. If
-    they are INT8 times a ``width``, their second moments are sums of whole numbers, the same on
-    every machine.
+    they are read in ``steps``, their second moments are sums of whole numbers, the same on every
+    machine.
     """
     count = step.attributes.get("group", 1)
     flat = weights.flatten(1)
     each = len(flat) // count
     rows = flat.reshape(count, each, -1)
-    steps = scales.reshape(count, each, 1)
-    if width is not None:
-        inputs = (inputs / width).round_()
-        inputs = inputs.to(torch.uint8 if inputs.amax() > LIMIT else torch.int8)
+    by_row = scales.reshape(count, each, 1)
+    zeros = torch.zeros(count, rows.shape[2], dtype=torch.float64)
+    pad = 0
+    if steps is not None:
+        zero = torch.as_tensor(steps.zero)
+        taps = weights[0, 0].numel()
+        zeros[:] = zero.repeat_interleave(taps).reshape(count, -1) if zero.ndim else zero
+        pad = 0 if zero.ndim else -int(zero)
+        along = zero.reshape(-1, *[1] * (inputs.ndim - 2)) if zero.ndim else zero
+        inputs = (inputs / steps.width).round_().sub_(along).to(torch.int8)
     parts = [
         torch.cat(
             [
-                _round(part, _second_moment(read), steps[group])
-                for part, read in zip(
+                _round(part, _second_moment(read, zero), by_row[group])
+                for part, read, zero in zip(
                     torch.split(rows[group], _TOGETHER, dim=1),
                     torch.split(columns, _TOGETHER),
+                    torch.split(zeros[group], _TOGETHER),
                     strict=True,
                 )
             ],
             dim=1,
         )
-        for group, columns in enumerate(_columns(step, weights, inputs, count, seed))
+        for group, columns in enumerate(_columns(step, weights, inputs, count, seed, pad))
     ]
     return torch.cat(parts).reshape(weights.shape)
 
 
-def _second_moment(columns: Tensor) -> Tensor:
-    """Return the sum of x·xᵀ, whose scale does not matter, (K, K) float32."""
+def _second_moment(columns: Tensor, zero: Tensor) -> Tensor:
+    """Return the sum of x·xᵀ, whose scale does not matter, (K, K) float32.
+
+    ``columns`` (K, columns) are x, or INT8 numbers q of x = q + ``zero`` (K,).
+    """
     if columns.is_floating_point():
         return columns @ columns.T
-    less = 128 if columns.dtype == torch.uint8 else 0  # since only INT8 can be multiplied
-    x = (columns.to(torch.int16) - less).to(torch.int8) if less else columns
-    product = torch._int_mm(x, x.T).double()  # noqa: SLF001 # torch has no other product of whole numbers
-    if less:
-        sums = x.sum(dim=1, dtype=torch.float64)
-        product += less * (sums[:, None] + sums) + less**2 * x.shape[1]
+    product = torch._int_mm(columns, columns.T).double()  # noqa: SLF001 # torch has no other product of whole numbers
+    if zero.any():
+        across = torch.outer(zero, columns.sum(dim=1, dtype=torch.float64))
+        product += across + across.T + torch.outer(zero, zero) * columns.shape[1]
     return product.float()
 
 
@@ -153,13 +162,13 @@ def _root(matrix: Tensor) -> Tensor | None:
 
 
 def _columns(
-    step: Step, weights: Tensor, inputs: Tensor, count: int, seed: int
+    step: Step, weights: Tensor, inputs: Tensor, count: int, seed: int, pad: int
 ) -> Iterator[Tensor]:
     """Yield for each group of channels what its weights are multiplied with, (C · k, columns)."""
     if step.op != "Conv":
         yield inputs.T
         return
-    windows = _windows(step, weights, inputs)
+    windows = _windows(step, weights, inputs, pad)
     spatial = weights.ndim - 2
     sizes = windows.shape[2 : 2 + spatial]
     positions = sizes.numel()
@@ -178,12 +187,12 @@ def _columns(
         yield picked[:, group].T
 
 
-def _windows(step: Step, weights: Tensor, inputs: Tensor) -> Tensor:
-    """Return a view (samples, C, positions …, taps …) of the padded inputs."""
+def _windows(step: Step, weights: Tensor, inputs: Tensor, pad: int) -> Tensor:
+    """Return a view (samples, C, positions …, taps …) of the inputs, padded with a number."""
     spatial = weights.ndim - 2
     pads = step.attributes.get("pads", [0] * 2 * spatial)
     sides = [(pads[i], pads[spatial + i]) for i in range(spatial)]
-    view = functional.pad(inputs, [n for side in reversed(sides) for n in side])
+    view = functional.pad(inputs, [n for side in reversed(sides) for n in side], value=pad)
     strides = step.attributes.get("strides", [1] * spatial)
     dilations = step.attributes.get("dilations", [1] * spatial)
     for axis, (taps, stride, gap) in enumerate(

@@ -35,7 +35,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _runtime(found: Checkup) -> Iterator[str]:
     version = f"version {found.version}" if found.version else "not found"
-    yield f"{found.runtime:16} {version}{f', on {found.device}' if found.device else ''}"
+    yield f"{found.runtime:19} {version}{f', on {found.device}' if found.device else ''}"
     yield f"  build  {found.build or 'ready'}"
     yield f"  run    {found.run or found.failed or 'ready'}"
     if found.remedy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from exporter.records import Artefact, Cost, Parity, Report
+from exporter.records import Artefact, Cost, Parity, Report, Source
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
@@ -46,11 +46,16 @@ def _head(report: Report) -> list[str]:
         f"{source.opset}, batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
-        f"SHA-256 {source.weights_sha256}",
+        f"SHA-256 {source.weights_sha256}{_format(source)}",
+        *(f"- weights: {_escape(change)}" for change in source.weights_changes),
         f"- calibrated on {_escape(report.calibration)}"
         if report.calibration
         else "- not calibrated",
     ]
+
+
+def _format(source: Source) -> str:
+    return f" ({_escape(source.weights_format)})" if source.weights_format else ""
 
 
 def _batch(report: Report) -> str:

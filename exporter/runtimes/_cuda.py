@@ -96,9 +96,12 @@ def call(function: Any, *arguments: Any) -> Any:
 
 @contextmanager
 def stream() -> Iterator[Any]:
-    """Yield a CUDA stream of its own: TensorRT synchronises more on the default one."""
+    """Yield a CUDA stream that waits for no other, not even the default one.
+
+    TensorRT synchronises more on that, and a capture fails where it has to wait for it.
+    """
     cuda = runtime_api()
-    made = call(cuda.cudaStreamCreate)
+    made = call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
     try:
         yield made
     finally:

@@ -2,7 +2,7 @@
 
     CUDA events     inputs and outputs on the device: execution alone
     with copies     from pageable host memory to the device, execution, and back
-    CUDA graph      execution, captured once as a graph and launched as one
+    CUDA graph      execution, captured once as a graph and launched as one, here or by the runtime
 
 The wall clock has in it what these have not: the launch, and waiting for the end.
 """
@@ -11,12 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from exporter.records import Outputs
 from exporter.runtimes import _cuda
 
 EVENTS, COPIES, GRAPH = "CUDA events", "CUDA events, with copies", "CUDA events, CUDA graph"
+
+
+class Clock(Protocol):
+    """A device's clock."""
+
+    def ms(self, work: Callable[[], object]) -> float:
+        """Return how long the work takes on the device, in ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ class Graphs:
 class Step:
     """One way of running a batch that is in place; calling it returns the device's milliseconds."""
 
-    timer: Timer
+    timer: Clock
     work: Callable[[], object]
     read: Callable[[], Outputs]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.cores import usable_cores
 from exporter.errors import BuildError, InputRefused
-from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
+from exporter.records import Array, Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
 from exporter.runtimes import _ort_audit
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import (
@@ -129,7 +129,7 @@ class OnnxRuntime(Plugin, frozen=True):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._load(path, options)
-            _Session(session, self.device, 1)({spec.name: zeros})
+            OrtSession(session, self.device, 1)({spec.name: zeros})
             events = json.loads(Path(session.end_profiling()).read_bytes())
             return read_graph(written), _ort_audit.kernels(events)
 
@@ -152,7 +152,7 @@ class OnnxRuntime(Plugin, frozen=True):
                 raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
             drawn = np.random.default_rng(0).standard_normal((batch, *rest))
             feed = {given.name: drawn.astype(np.float32)}
-            opened = _Session(session, self.device, self._thread_count())
+            opened = OrtSession(session, self.device, self._thread_count())
             for _ in range(warmup + runs):
                 opened(feed)
             events = json.loads(Path(session.end_profiling()).read_bytes())
@@ -162,7 +162,7 @@ class OnnxRuntime(Plugin, frozen=True):
     @contextmanager
     def open(self, path: Path) -> Iterator[Session]:
         session = self._load(path, self._session_options(path))
-        yield _Session(session, self.device, self._thread_count())
+        yield OrtSession(session, self.device, self._thread_count())
 
     def _session_options(self, path: Path) -> Any:
         import onnxruntime as ort
@@ -178,11 +178,13 @@ class OnnxRuntime(Plugin, frozen=True):
             options.add_session_config_entry(_AS_WRITTEN, "1")
         return options
 
-    def _load(self, path: Path, options: Any) -> Any:
+    def _load(self, path: Path, options: Any, **more: str) -> Any:
+        """Return a session of the provider with its options, and ``more`` of them."""
         import onnxruntime as ort
 
+        self._prepare()
         disabled = NOT_FOR_FP8 if has_float8(read_graph(path)) else ()
-        providers = [(self.provider, dict(self.provider_options))]
+        providers = [(self.provider, {**self.provider_options, **more})]
         try:
             session = ort.InferenceSession(
                 path, options, providers=providers, disabled_optimizers=list(disabled)
@@ -195,35 +197,48 @@ class OnnxRuntime(Plugin, frozen=True):
             raise BuildError(f"onnxruntime gave {got} where {self.provider} was asked for")
         return session
 
+    def _prepare(self) -> None:
+        """Find what the provider needs, before the first session is made."""
+
     def _thread_count(self) -> int:
         return self.threads or usable_cores()
 
 
 @dataclass(frozen=True, slots=True)
-class _Session:
+class OrtSession:
+    """A session on one device, whose inputs and outputs stay there while it is timed."""
+
     session: Any
     device: str
     threads: int
 
     def __call__(self, feed: Feed) -> Outputs:
+        return self.run(feed)
+
+    def run(self, feed: Feed, options: Any = None) -> Outputs:
+        """Return the outputs of a run with onnxruntime's own ``RunOptions``."""
         names = [output.name for output in self.session.get_outputs()]
         try:
-            found = self.session.run(names, self._typed(feed))
+            found = self.session.run(names, self.typed(feed), options)
         except Exception as error:  # onnxruntime raises one private class per status code
             raise _cannot_run(error) from error
         return _named(self.session, found)
 
-    def bind(self, feed: Feed) -> Callable[[], Any]:
-        import onnxruntime as ort
-
+    def bind(self, feed: Feed, options: Any = None) -> OrtBound:
         binding = self.session.io_binding()
-        for name, value in self._typed(feed).items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, self.device))
+        for name, value in self.typed(feed).items():
+            binding.bind_ortvalue_input(name, self.placed(value))
         for output in self.session.get_outputs():
             binding.bind_output(output.name, self.device)
-        return _Bound(self.session, binding)
+        return OrtBound(self.session, binding, options)
 
-    def _typed(self, feed: Feed) -> dict[str, Any]:
+    def placed(self, value: Array) -> Any:
+        """Return an array as an ``OrtValue`` on the device."""
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(value, self.device)
+
+    def typed(self, feed: Feed) -> dict[str, Any]:
         """Return the feed in the graph's own input types: a graph with half I/O takes halves."""
         half = {i.name for i in self.session.get_inputs() if i.type == "tensor(float16)"}
         return {
@@ -232,13 +247,16 @@ class _Session:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
+class OrtBound:
+    """A batch in place, and onnxruntime's own ``RunOptions`` to run it with."""
+
     session: Any
     binding: Any
+    options: Any = None
 
     def __call__(self) -> None:
         try:
-            self.session.run_with_iobinding(self.binding)
+            self.session.run_with_iobinding(self.binding, self.options)
         except Exception as error:  # onnxruntime raises one private class per status code
             raise _cannot_run(error) from error
 

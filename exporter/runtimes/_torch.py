@@ -159,8 +159,10 @@ def _laid_out(module: Any, layout: torch.memory_format) -> fx.GraphModule:
     return moved
 
 
-def as_module(model: onnx.ModelProto) -> fx.GraphModule:
+def as_module(model: onnx.ModelProto, *, as_declared: bool = False) -> fx.GraphModule:
     """Return a graph as a module whose `forward` gives its outputs, in order.
+
+    All of it in float32, or each tensor in the type that the graph declares.
 
     Raises `GraphError` for an operator that PyTorch is not known to have.
     """
@@ -174,7 +176,8 @@ def as_module(model: onnx.ModelProto) -> fx.GraphModule:
 
         def __init__(self, op: str, attributes: Mapping[str, Any]) -> None:
             super().__init__()
-            self.run, self.attributes = OPERATORS[op], attributes
+            cast = as_declared and op == "Cast"
+            self.run, self.attributes = _cast if cast else OPERATORS[op], attributes
 
         def forward(self, *inputs: Any) -> Any:
             return self.run(self.attributes, *inputs)
@@ -185,7 +188,8 @@ def as_module(model: onnx.ModelProto) -> fx.GraphModule:
         name: graph.placeholder(f"input_{i}") for i, name in enumerate(emulator.inputs)
     }
     for i, (name, value) in enumerate(emulator.constants.items()):
-        root.register_buffer(f"constant_{i}", value)
+        kind = _floats().get(emulator.dtypes[name]) if as_declared else None
+        root.register_buffer(f"constant_{i}", value if kind is None else value.to(kind))
         nodes[name] = graph.get_attr(f"constant_{i}")
     for i, step in enumerate(emulator.steps):
         root.add_module(f"node_{i}", Node(step.op, step.attributes))
@@ -195,3 +199,17 @@ def as_module(model: onnx.ModelProto) -> fx.GraphModule:
             nodes[name] = graph.call_function(getitem, (made, j)) if several else made
     graph.output(tuple(nodes[name] for name in emulator.outputs))
     return fx.GraphModule(root, graph)
+
+
+def _floats() -> dict[int, torch.dtype]:
+    import torch
+
+    return {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+
+
+def _cast(attributes: Mapping[str, Any], x: torch.Tensor) -> Any:
+    """Convert as the graph says, where the emulation keeps all floats in one type."""
+    from exporter.emulation.operators import OPERATORS
+
+    kind = _floats().get(attributes["to"])
+    return OPERATORS["Cast"](attributes, x) if kind is None else x.to(kind)

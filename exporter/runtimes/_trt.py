@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,7 +81,7 @@ class TensorRt(Plugin, frozen=True):
     def _inspect(self, model: OnnxModel, path: Path) -> str:
         """Return the engine inspector's JSON, for the batch that the engine is tuned for."""
         trt = import_module(self.package)
-        said = _listen(trt)
+        said = listen(trt)
         runtime = trt.Runtime(said.logger)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -97,7 +98,7 @@ class TensorRt(Plugin, frozen=True):
         check_quantisation(graph, model.path.name)
         self.refuse(graph, model.path.name)
         trt = import_module(self.package)
-        said = _listen(trt)
+        said = listen(trt)
         builder = trt.Builder(said.logger)  # builder, network, parser: none keeps another alive
         network = builder.create_network(_strongly_typed(trt))
         network.name = model.path.stem
@@ -142,7 +143,7 @@ class TensorRt(Plugin, frozen=True):
     def open(self, path: Path) -> Iterator[Session]:
         trt = import_module(self.package)
         cuda = _cuda.runtime_api()
-        said = _listen(trt)
+        said = listen(trt)
         runtime = trt.Runtime(said.logger)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -151,20 +152,27 @@ class TensorRt(Plugin, frozen=True):
         with _cuda.stream() as stream:
             buffers = _cuda.Buffers()
             session = _EngineSession(trt, cuda, engine, context, stream, buffers)
+            if hasattr(trt, "CudaGraphStrategy"):
+                session.replaying = lambda: self._context(trt, engine, replays=True)
             try:
                 yield session
             finally:
                 session.close()
                 buffers.free()
 
-    def _context(self, trt: Any, engine: Any) -> Any:
-        """Return an execution context; RTX compiles its kernels before the first run, not in it."""
+    def _context(self, trt: Any, engine: Any, *, replays: bool = False) -> Any:
+        """Return an execution context; RTX compiles its kernels before the first run, not in it.
+
+        One that ``replays`` captures CUDA graphs by itself, which RTX alone can.
+        """
         if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             return engine.create_execution_context()
         config = engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
+        if replays:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)
 
 
@@ -179,6 +187,8 @@ class _EngineSession:
     threads: int = 1  # of the CPU: the one that launches
     timer: _device.Timer | None = None
     graphs: _device.Graphs | None = None
+    replaying: Callable[[], Any] | None = None
+    replayed: Any = None
 
     def __call__(self, feed: Feed) -> Outputs:
         self.bind(feed)()
@@ -208,6 +218,18 @@ class _EngineSession:
         _cuda.call(self.cuda.cudaStreamSynchronize, self.stream)
         return _Bound(self)
 
+    def _set_replayed(self, feed: Feed) -> Any:
+        """Return the context that captures by itself, set to the batch that is in place."""
+        if self.replayed is None:
+            assert self.replaying is not None  # or this is not called
+            self.replayed = self.replaying()
+        for name, value in feed.items():
+            self.replayed.set_input_shape(name, value.shape)
+            self.replayed.set_tensor_address(name, self.buffers.at(name, 0))
+        for name, (address, _, _) in self._outputs().items():
+            self.replayed.set_tensor_address(name, address)
+        return self.replayed
+
     def on_device(self, feed: Feed) -> dict[str, Callable[[], float]]:
         """Return a run by CUDA events, one with copies in and out, and one as a CUDA graph."""
         import numpy as np
@@ -228,11 +250,11 @@ class _EngineSession:
             self.enqueue()
             self._copy_out()
 
-        ways = {
-            _device.EVENTS: self.enqueue,
-            _device.COPIES: with_copies,
-            _device.GRAPH: lambda: graphs.launch((*key, *self._places()), self.enqueue),
-        }
+        def launch() -> None:
+            graphs.launch((*key, *self._places()), self.enqueue)
+
+        replay = partial(self._enqueue, self._set_replayed(given)) if self.replaying else launch
+        ways = {_device.EVENTS: self.enqueue, _device.COPIES: with_copies, _device.GRAPH: replay}
         return {n: _device.Step(self.timer, work, self.outputs) for n, work in ways.items()}
 
     def _places(self) -> list[int]:
@@ -246,7 +268,10 @@ class _EngineSession:
 
     def enqueue(self) -> None:
         """Start one run, and do not wait for it."""
-        if not self.context.execute_async_v3(int(self.stream)):
+        self._enqueue(self.context)
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(int(self.stream)):
             raise BuildError("the engine could not be executed")
 
     def _copy_out(self) -> Outputs:
@@ -301,7 +326,7 @@ class _Said:
 _heard: dict[str, _Said] = {}
 
 
-def _listen(trt: Any) -> _Said:
+def listen(trt: Any) -> _Said:
     """Return the logger with an empty list of errors; the library takes one logger a process."""
     if trt.__name__ not in _heard:
         errors: list[str] = []

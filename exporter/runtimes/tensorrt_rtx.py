@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from exporter.contracts import Action
 from exporter.errors import BuildError, UnknownName
 from exporter.runtimes._cuda import compute_capability, missing_gpu, missing_to_run
 from exporter.runtimes._graph import float32_products, has_float8, is_quantised
-from exporter.runtimes._trt import TensorRt
+from exporter.runtimes._trt import TensorRt, listen
 
 if TYPE_CHECKING:
     import onnx
@@ -16,6 +18,16 @@ if TYPE_CHECKING:
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 WITH_FP8 = ("sm89", "sm120", "sm121")
 CURRENT = "current"
+
+
+class Validity(NamedTuple):
+    """What the library says of an engine's header on this machine, and the reasons that it has.
+
+    ``said`` is valid, suboptimal, or invalid; without a GPU it is invalid for no reason at all.
+    """
+
+    said: str
+    reasons: tuple[str, ...]
 
 
 class TensorRtRtx(TensorRt, frozen=True):
@@ -77,6 +89,17 @@ class TensorRtRtx(TensorRt, frozen=True):
                 f"{name}: TensorRT-RTX has no FP32 matrix multiply for sm75 ({products[0]!r})",
                 hint="leave sm75 out of this precision's targets, or export fp16",
             )
+
+    def validity(self, path: Path) -> Validity:
+        """Ask the library whether an engine can run on this machine; it reads the header alone."""
+        trt = import_module(self.package)
+        said = listen(trt)
+        runtime = trt.Runtime(said.logger)
+        with path.open("rb") as file:
+            found, reasons = runtime.get_engine_validity(file.read(runtime.engine_header_size))
+        known = trt.EngineInvalidityDiagnostics.__members__
+        told = [name.lower().replace("_", " ") for name, bit in known.items() if reasons & int(bit)]
+        return Validity(found.name.lower(), tuple(told))
 
 
 PLUGIN = TensorRtRtx

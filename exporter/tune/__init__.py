@@ -161,7 +161,7 @@ def _made_with(
         )
     )
     return {
-        "weights": job.weights_sha256,
+        "weights": job.loaded.sha256,
         "input shape": "x".join(map(str, job.input.shape)),
         "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "profile": hashlib.sha256(said).hexdigest(),

@@ -28,6 +28,7 @@ from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
 from exporter.graphs import convert_all, export_source
+from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -61,19 +62,21 @@ def run(
     profile: Profile,
     out: Path,
     *,
-    weights: Path | None = None,
+    weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
+    classes: int | None = None,
     calibration: Array | Path | None = None,
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
-    ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
-    (see `load_weights`), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W)
-    float32 or a .npy file of that, the draw from its training samples; samples that the result is
-    judged on are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not
-    at all.
+    ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
+    ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
+    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number, and
+    ``calibration``, (N, C, H, W) float32 or a .npy file of that, the draw from its training
+    samples; samples that the result is judged on are refused there unless ``allow_overlap``. The
+    bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -86,6 +89,7 @@ def run(
         profile,
         weights=weights,
         input_shape=input_shape,
+        classes=classes,
         calibration=calibration,
         progress=progress,
         allow_overlap=allow_overlap,

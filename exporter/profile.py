@@ -36,6 +36,12 @@ class PrecisionChoice(Asked, frozen=True):
     options: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
 
+class ModelChoice(Asked, frozen=True, omit_defaults=True):
+    """How the network is built that is named elsewhere: keyword arguments, and nothing else."""
+
+    args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+
+
 class Profile(Asked, frozen=True):
     """Where a model will run, and what is good enough there. Read one with `load_profile`."""
 
@@ -47,6 +53,7 @@ class Profile(Asked, frozen=True):
     parity: ParityInputs = ParityInputs()
     calibration: Calibration = Calibration()
     opset: int = 20
+    model: ModelChoice = ModelChoice()
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -116,6 +123,7 @@ def read_profile(table: Mapping[str, Any], *, where: str) -> Profile:
 
     Raises `ProfileError` or `UnknownName`; no framework is imported.
     """
+    _check_names_no_code(table, where)
     choices = {
         name: read(PrecisionChoice, choice, where=f"{where}: precision.{name}")
         for name, choice in _tables(table, "precision", where)
@@ -158,6 +166,18 @@ def _parse(source: Traversable, where: str) -> dict[str, Any]:
         raise ProfileError(f"{where}: not UTF-8 text (byte {error.start})") from error
     except (ValueError, RecursionError) as error:  # tomllib passes on what int() refuses
         raise ProfileError(f"{where}: not valid TOML: {error}") from error
+
+
+def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
+    """Raise `ProfileError` if a profile says which network to build, and so which code to run."""
+    found = table.get("model", {})
+    others = [key for key in found if key != "args"] if isinstance(found, dict) else [found]
+    if others:
+        raise ProfileError(
+            f"{where}: model: a profile says how a network is built, in [model.args], and never "
+            f"which or by what code, found {others[0]!r}",
+            hint="name the network on the command line, with --model",
+        )
 
 
 def _tables(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:

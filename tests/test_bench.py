@@ -403,7 +403,7 @@ def test_checks_that_were_not_made_are_no_verdict():
 
 @pytest.fixture
 def command(tiny_model, monkeypatch):
-    monkeypatch.setattr(candidates, "load_model", lambda name: tiny_model)
+    monkeypatch.setattr(candidates, "load_model", lambda name, **_: tiny_model)
     monkeypatch.setattr("exporter.bench.Timing", lambda **how: Timing(**how, settle_ms=0, warmup=1))
 
     def run(*args: str | Path):

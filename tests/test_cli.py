@@ -244,7 +244,13 @@ def files(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18'?"),
+        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18', "),
+        ("--model resnet50", 3, "resnet50 ships without weights, and there is nothing to export without\nHint: name a file of weights with --weights; --weights random takes untrained ones"),
+        ("--model {files}/none.py:make", 3, "none.py: no such file"),
+        ("--weights factory", 3, "resnet18 is built in, so that no factory made weights"),
+        ("--classes 5", 3, "resnet18 has 10 outputs, and cannot have 5"),
+        ("--set model.factory=net.py:make", 2, "never which or by what code, found 'factory'\nHint: name the network on the command line"),
+        ("--set model.args.depth=5", 2, "resnet18: model.args: unknown key 'depth'"),
         ("-p int4", 2, "no table [precision.int4], so nothing says what is good enough for it\nHint: did you mean 'int8'?"),
         ("--profile defualt", 2, "no profile named 'defualt'\nHint: did you mean 'default'?"),
         ("--profile {files}/none.toml", 2, "none.toml: no such file"),

@@ -360,6 +360,19 @@ def test_auto_is_closer_than_plain_maxima_and_says_what_each_step_brought(case):
     assert kept[-1] == pytest.approx(after, abs=4)  # 16 samples against 200
 
 
+def test_a_pool_that_puts_the_samples_axis_last_is_repaired_around(tmp_path):
+    """As torch.onnx writes an average to more places than there are, by Transpose and GatherND."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(16 * 49, 10)]
+    module = alive(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.MaxPool2d(2), *head))
+    model = exported(module, tmp_path / "net.onnx")
+    assert "GatherND" in {node.op_type for node in model.graph.node}
+    want = float64(module, HELD_OUT)
+    assert sqnr(want, emulated(model, HELD_OUT)) > 110
+    plain = sqnr(want, emulated(convert(model, **PLAIN).model, HELD_OUT))
+    assert sqnr(want, emulated(convert(model).model, HELD_OUT)) > plain > 20
+
+
 def test_badly_scaled_channels_are_repaired(plain, tmp_path):
     module, good = plain
     torch.manual_seed(0)

@@ -119,9 +119,11 @@ class FoldRecord(Found, frozen=True):
 class Source(Found, frozen=True):
     """What was exported: a network, its weights, and the shape it was asked to take.
 
-    ``weights`` is the file's name without its folder, ``weights_format`` what kind of file it is,
+    ``weights`` is the file's name without its folder, or what is taken in place of one,
+    ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
-    to be the network's, one clause each.
+    to be the network's, one clause each. ``factory`` is the code that made the network, None for a
+    built-in one.
     """
 
     model: str
@@ -133,6 +135,7 @@ class Source(Found, frozen=True):
     opset: int
     weights_format: str = ""
     weights_changes: tuple[str, ...] = ()
+    factory: str | None = None
 
 
 class Stage(Found, frozen=True):

@@ -46,6 +46,7 @@ def _head(report: Report) -> list[str]:
         f"- input {_escape(source.input.name)} N×{shape} {source.input.dtype}, output "
         f"{_escape(source.output.name)} N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
         f"{source.opset}, batch {_batch(report)}",
+        *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
         *(f"- weights: {_escape(change)}" for change in source.weights_changes),

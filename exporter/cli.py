@@ -18,7 +18,7 @@ import click
 
 from exporter.commands.bench import bench
 from exporter.commands.networks import claims, compare, flops
-from exporter.commands.options import input_option
+from exporter.commands.options import data_option, input_option
 from exporter.errors import ExportError, ProfileError
 from exporter.version import __version__
 
@@ -126,9 +126,9 @@ class Percentage(click.ParamType[float]):
 @input_option
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
-    help="A .npy file, (N, C, H, W) float32, in place of the draw from the training samples.",
+    help="A .npy file, (N, C, H, W) float32, or what --data takes, to calibrate on instead.",
 )
+@data_option
 @_allow_overlap
 @click.option("-t", "--target", multiple=True, help="Engine targets, say sm86,sm89. Repeatable.")
 @click.option("--batch", metavar="MIN,OPT,MAX", help="Batch range of the engines, say 1,8,32.")
@@ -192,9 +192,9 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
     help="The calibration data it was exported with, if not the built-in ones.",
 )
+@data_option
 @_allow_overlap
 @click.option(
     "--worst-case",
@@ -223,7 +223,8 @@ def parity(
     ctx: click.Context,
     bundle: Path,
     weights: Path | None,
-    calibration: Path | None,
+    calibration: str | None,
+    data: str | None,
     steps: int,
     radius: float,
     *,
@@ -248,6 +249,7 @@ def parity(
             bundle,
             weights=weights,
             calibration=calibration,
+            data=data,
             allow_overlap=allow_overlap,
             search=Search(steps=steps, radius=radius) if worst_case else None,
             progress=progress,
@@ -294,7 +296,8 @@ def train(path: Path, model: str) -> None:
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
 @click.option("-w", "--weights", type=click.Path(path_type=Path), help="A safetensors file.")
 @input_option
-@click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
+@click.option("--calibration", help="A .npy file, or what --data takes.")
+@data_option
 @click.option(
     "--validation",
     type=click.IntRange(8),
@@ -334,7 +337,7 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
 
             from exporter.renderers import tuning
             from exporter.tune import tune_model
-        options = ("precision", "runtime", "weights", "input_shape", "calibration")
+        options = ("precision", "runtime", "weights", "input_shape", "calibration", "data")
         report = tune_model(
             asked["model"],
             profile,
@@ -409,6 +412,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             weights=asked["weights"],
             input_shape=asked["input_shape"],
             calibration=asked["calibration"],
+            data=asked["data"],
             allow_overlap=asked["allow_overlap"],
             progress=progress,
         )

@@ -62,16 +62,18 @@ def run(
     *,
     weights: Path | None = None,
     input_shape: tuple[int, ...] | None = None,
-    calibration: Array | Path | None = None,
+    calibration: Array | Path | str | None = None,
+    data: Path | str | None = None,
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
-    (safetensors), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W) float32 or
-    a .npy file of that, the draw from its training samples; samples that the result is judged on
-    are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not at all.
+    (safetensors), ``input_shape`` its own (C, H, W), ``data`` its own samples by any that
+    `exporter.data` takes, and ``calibration``, such data or an array (N, C, H, W) float32, the draw
+    from those; samples that the result is judged on are refused there unless ``allow_overlap``.
+    Words with a colon name code, which is run. The bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -85,6 +87,7 @@ def run(
         weights=weights,
         input_shape=input_shape,
         calibration=calibration,
+        data=data,
         progress=progress,
         allow_overlap=allow_overlap,
     )
@@ -116,6 +119,7 @@ def run(
             doubts=(*_doubts_of_accuracy(truth), *job.doubts(), *doubts),
             stages=tuple(job.stages),
             calibrated=job.calibrated,
+            data=job.data.record,
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
         (folder / "report.md").write_text(markdown.render(report), "utf-8")

@@ -23,3 +23,10 @@ class Shape(click.ParamType[tuple[int, ...]]):
 input_option = click.option(
     "--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224."
 )
+data_option = click.option(
+    "--data",
+    metavar="DATA",
+    help="Judge on these samples, and calibrate on others of them: digits, a folder of images, "
+    "which may lie in folders of their classes, an .npy, .npz or .safetensors file, or code of "
+    "yours, as package.module:factory or file.py:factory.",
+)

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of them calls a program
 _DEEP = re.compile(r"^(I|F|(RGB[AX]?|LA?|CMYK);16.*|I;16.*)$")
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 _BYTES_PER_PIXEL = 16  # the decoded image, one converted, and what a decoder holds beside them
 _MEMORY = 256 << 20  # what decoding takes whatever the image
@@ -75,6 +76,8 @@ def _open(data: bytes, most: int) -> Image.Image:
             raise Refused(
                 f"more than 8 bits per channel ({deep[0]}), and nothing says which value is white"
             )
+        if image.mode not in _MODES:
+            raise Refused(f"colours in mode {image.mode}, which are not plainly grey or RGB")
         image.load()
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
@@ -95,7 +98,7 @@ def _raw_modes(image: Image.Image) -> list[str]:
     return found
 
 
-def _upright(image: Image.Image, wanted: str | None, notes: list[str]) -> Image.Image:
+def _upright(image: Image.Image, wanted: str, notes: list[str]) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata of a sound image
@@ -103,7 +106,7 @@ def _upright(image: Image.Image, wanted: str | None, notes: list[str]) -> Image.
         return image
     if orientation not in range(2, 9):
         return image
-    if wanted is None:
+    if wanted == "refuse":
         raise Refused(
             f"EXIF says that it lies turned (orientation {orientation}), and "
             "preprocess.orientation does not say whether that counts"

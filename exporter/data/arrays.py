@@ -57,11 +57,11 @@ def gather_npy(path: Path, asked: Asked) -> Gathered:
             shape, dtype = _header(stream, path.name)
             needed = prod(shape) * dtype.itemsize
             there = os.fstat(stream.fileno()).st_size - stream.tell()
+        check_inputs(path.name, shape, dtype, asked)
         if there < needed:
             raise InputRefused(
                 f"{path.name}: cut short: {there:,} bytes of the {needed:,} that its header says"
             )
-        check_inputs(path.name, shape, dtype, asked)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     stored = Stored(array.shape, array.dtype, lambda chosen: array[chosen])
     return gather(path.name, "an .npy file", stored, None, asked)

@@ -34,7 +34,9 @@ def choose_calibration(
         return _draw(judged, input, profile)
     if isinstance(given, Path | str) and Path(given).suffix.lower() != ".npy":
         own = open_data(given, model_data, input, output, profile, whole="train")
-        return _draw(own, input, profile)
+        part = _draw(own, input, profile)
+        samples.check_scale(part.samples.inputs, _others(judged), origin=Path(given).name)
+        return part
     origin = Path(given).name if isinstance(given, Path | str) else "the given array"
     array = samples.load_array(Path(given)) if isinstance(given, Path | str) else given
     samples.check_calibration(array, input, origin=origin)

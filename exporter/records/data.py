@@ -25,7 +25,7 @@ class Preprocess(Asked, frozen=True, omit_defaults=True):
     resize: int | tuple[int, int] | None = None
     interpolation: Resampling = "bilinear"
     order: Literal["rgb", "bgr"] = "rgb"
-    orientation: Literal["apply", "ignore"] | None = None
+    orientation: Literal["refuse", "apply", "ignore"] = "refuse"
     background: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

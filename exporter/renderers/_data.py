@@ -10,7 +10,7 @@ _SHOWN = 20
 
 
 def data_lines(found: DataRecord | None) -> Iterator[str]:
-    """Yield what was used, what was done to it, and what was left out; nothing for built-in data."""
+    """Yield what was used, done and left out; nothing for built-in data."""
     if found is None:
         return
     labels = "no labels" if found.classes is None else f"labels of {found.classes} classes"

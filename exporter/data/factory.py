@@ -132,9 +132,9 @@ def _refusing(what: str) -> Iterator[None]:
     """Turn whatever code of others raises into `InputRefused`, in one line."""
     try:
         yield
-    except ExportError:
+    except (ExportError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # code of others may also try to end the process
         reason = next(iter(str(error).strip().splitlines()), "").rstrip(".")
         raise InputRefused(
             f"{what} {type(error).__name__}{': ' if reason else ''}{reason}",

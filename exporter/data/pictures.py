@@ -59,7 +59,7 @@ def gather_images(
     pictures = _Pictures(folder, names, digests, decoders, shape, preprocess)
     return Gathered(
         kind="flat folder" if listing.classes is None else "class folders",
-        name=_plain(folder.resolve().name),
+        name=_plain(folder.name),
         samples=Lazy(pictures.fetch, len(names), shape),
         digests=tuple(digests),
         by="pixels",

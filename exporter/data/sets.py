@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -103,7 +104,7 @@ def open_data(
 def gather(words: str, input: TensorSpec, output: TensorSpec, profile: Profile) -> Gathered:
     """Return the samples that the words name, undivided. Raises `InputRefused`."""
     asked = Asked(input.shape, prod(output.shape), profile.preprocess)
-    path = Path(words)
+    path = Path(os.path.abspath(words))  # noqa: PTH100 - its name, and resolve() would follow a link
     if is_code(words):
         return gather_made(words, asked)
     if path.is_dir():

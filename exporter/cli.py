@@ -21,6 +21,7 @@ from exporter.commands.networks import claims, compare, flops
 from exporter.commands.options import (
     Weights,
     classes_option,
+    data_option,
     input_option,
     model_option,
     network_of,
@@ -130,9 +131,9 @@ class Percentage(click.ParamType[float]):
 @classes_option
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
-    help="A .npy file, (N, C, H, W) float32, in place of the draw from the training samples.",
+    help="A .npy file, (N, C, H, W) float32, or what --data takes, to calibrate on instead.",
 )
+@data_option
 @_allow_overlap
 @click.option("-t", "--target", multiple=True, help="Engine targets, say sm86,sm89. Repeatable.")
 @click.option("--batch", metavar="MIN,OPT,MAX", help="Batch range of the engines, say 1,8,32.")
@@ -197,9 +198,9 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
     help="The calibration data it was exported with, if not the built-in ones.",
 )
+@data_option
 @_allow_overlap
 @click.option(
     "--worst-case",
@@ -229,7 +230,8 @@ def parity(
     bundle: Path,
     model: str | None,
     weights: Path | Initial | None,
-    calibration: Path | None,
+    calibration: str | None,
+    data: str | None,
     steps: int,
     radius: float,
     *,
@@ -255,6 +257,7 @@ def parity(
             model=None if model is None else load_factory_of(bundle, model),
             weights=weights,
             calibration=calibration,
+            data=data,
             allow_overlap=allow_overlap,
             search=Search(steps=steps, radius=radius) if worst_case else None,
             progress=progress,
@@ -302,7 +305,8 @@ def train(path: Path, model: str) -> None:
 @weights_option
 @input_option
 @classes_option
-@click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
+@click.option("--calibration", help="A .npy file, or what --data takes.")
+@data_option
 @click.option(
     "--validation",
     type=click.IntRange(8),
@@ -348,7 +352,7 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
             profile,
             asked["out"],
             budget,
-            **{key: asked[key] for key in (*options, "validation", "minutes", "restart")},
+            **{key: asked[key] for key in (*options, "data", "validation", "minutes", "restart")},
             progress=progress,
         )
     width = None if sys.stdout.isatty() else 120
@@ -418,6 +422,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             input_shape=asked["input_shape"],
             classes=asked["classes"],
             calibration=asked["calibration"],
+            data=asked["data"],
             allow_overlap=asked["allow_overlap"],
             progress=progress,
         )

@@ -8,17 +8,14 @@ network runs once on zeros: what it gives says how many outputs there are.
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from importlib import import_module, util
-from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import ExportError, InputRefused, ProfileError, UnknownName, nearest
+from exporter.errors import InputRefused, ProfileError, nearest
+from exporter.given_code import Words, refusing
 from exporter.initial import from_seed
 from exporter.records import TensorSpec
 from exporter.samples import fitting
@@ -46,11 +43,6 @@ class FactoryModel:
         return deepcopy(self.network)
 
 
-def is_code(model: str) -> bool:
-    """Return whether the words name a factory, and no built-in network."""
-    return ":" in model
-
-
 def load_factory(
     code: str,
     args: Mapping[str, Any] = MappingProxyType({}),
@@ -59,27 +51,22 @@ def load_factory(
 ) -> FactoryModel:
     """Import ``package.module:factory`` or ``file.py:factory``, and return what it makes.
 
-    A file's own folder is searched last for what it imports; the current folder is not searched.
     ``args`` are the factory's keyword arguments, ``input_shape`` is (C, H, W).
 
     Raises `UnknownName` if there is no such factory, `ProfileError` for an argument that it does
     not take or lacks, and `InputRefused` for all else: code that raises, what is no network, and
     one that does not make one float32 tensor (N, classes) of (N, *input_shape).
     """
-    where, _, attribute = code.rpartition(":")
-    if not all(part.isidentifier() for part in attribute.split(".")) or not where:
-        raise InputRefused(
-            f"{code!r} names no factory",
-            hint="write package.module:factory, or file.py:factory",
-        )
+    words = Words.of(code)
     if input_shape is None:
         raise InputRefused(
             f"{code} does not say what its network takes", hint="say it, as --input 3x224x224"
         )
-    said = f"{Path(where).name if where.endswith('.py') else where}:{attribute}"
-    factory = _attribute(from_seed(lambda: _import(where)), where, attribute)
+    said, attribute = words.said, words.attribute
+    factory = from_seed(words.load)
+    _check_factory(factory, said, attribute)
     _check_args(factory, args, said)
-    with _refusing(f"{said} raised"):
+    with refusing(f"{said} raised"):
         network = from_seed(lambda: factory(**args))
     _check_network(network, said)
     spec = TensorSpec("input", input_shape)
@@ -122,63 +109,19 @@ def check_output(found: object, *, name: str, batch: int) -> tuple[int, ...]:
     )
 
 
-# ── Code ────────────────────────────────────────────────────────────────────────────
+# ── Its arguments ───────────────────────────────────────────────────────────────────
 
 
-def _import(where: str) -> ModuleType:
-    if where.endswith(".py"):
-        return _import_file(Path(where))
-    if not all(part.isidentifier() for part in where.split(".")):
-        raise InputRefused(
-            f"{where!r} is neither a module's name nor a .py file",
-            hint="write package.module:factory, or file.py:factory",
-        )
-    try:
-        with _refusing(f"importing {where} raised", passing=ModuleNotFoundError):
-            return import_module(where)
-    except ModuleNotFoundError as error:
-        raise InputRefused(
-            f"{where} cannot be imported: there is no module named {error.name!r}",
-            hint="install its package, or name a file, as net.py:factory",
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputRefused(f"{path}: no such file")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    name = f"_given_{path.stem}"
-    spec = util.spec_from_file_location(name, path)
-    assert spec is not None  # it is there, and ends in .py
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickles look for it
-    with _refusing(f"importing {path.name} raised"):
-        spec.loader.exec_module(module)
-    return module
-
-
-def _attribute(module: ModuleType, where: str, attribute: str) -> Any:
-    """Return the factory of that name. Raises `UnknownName`, and `InputRefused` for a network."""
+def _check_factory(found: object, said: str, attribute: str) -> None:
     from torch import nn
 
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            known = [name for name, value in vars(found).items() if callable(value)]
-            raise UnknownName(f"factory in {where}", part, [n for n in known if n[:1] != "_"])
-        found = getattr(found, part)
     if isinstance(found, nn.Module):
         raise InputRefused(
-            f"{where}:{attribute} is a network, where a factory is needed that makes one",
+            f"{said} is a network, where a factory is needed that makes one",
             hint=f"write a function that returns it, and name that in place of {attribute}",
         )
     if not callable(found):
-        kind = type(found).__name__
-        raise InputRefused(f"{where}:{attribute} is an object of type {kind}, and no factory")
-    return found
+        raise InputRefused(f"{said} is an object of type {type(found).__name__}, and no factory")
 
 
 def _check_args(factory: Any, args: Mapping[str, Any], said: str) -> None:
@@ -200,23 +143,6 @@ def _check_args(factory: Any, args: Mapping[str, Any], said: str) -> None:
                 f"{said}: model.args: the key {parameter.name!r} is missing",
                 hint=f"say --set model.args.{parameter.name}=…, or [model.args] in a profile",
             )
-
-
-@contextmanager
-def _refusing(
-    what: str, *, hint: str | None = None, passing: type[Exception] = ExportError
-) -> Iterator[None]:
-    """Turn whatever code of others raises into `InputRefused`, in one line."""
-    try:
-        yield
-    except (ExportError, passing):
-        raise
-    except (Exception, SystemExit) as error:
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".")
-        raise InputRefused(
-            f"{what} {type(error).__name__}{': ' if reason else ''}{reason}",
-            hint=hint or "--debug shows where",
-        ) from error
 
 
 # ── Its network ─────────────────────────────────────────────────────────────────────
@@ -250,10 +176,10 @@ def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[int, ...]
     shape = " × ".join(map(str, spec.shape))
     if min(spec.shape) < 1:
         raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
-    refusing = _refusing(
+    taking = refusing(
         f"{said} cannot take one input of {shape}:",
         hint="--input says what it takes; networks of several inputs are not supported so far",
     )
-    with refusing, torch.inference_mode():
+    with taking, torch.inference_mode():
         found = network(torch.zeros(_BATCH, *spec.shape))
     return check_output(found, name=said, batch=_BATCH)

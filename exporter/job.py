@@ -6,7 +6,6 @@ seconds and leaves nothing behind.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,16 +13,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
+from exporter.data import DataSet, choose_calibration, open_data, shared_samples
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
 from exporter.network import Network, code_of
 from exporter.parity import collect_outputs
 from exporter.plugins import load_precision, load_runtime, remedy
-from exporter.profile import Profile
+from exporter.profile import PrecisionChoice, Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Part, Source, TensorSpec
-from exporter.samples import Samples
+from exporter.samples import Samples, Split
 from exporter.stages import Stages
 from exporter.weights import Loaded
 
@@ -54,6 +56,7 @@ class Job:
     profile: Profile
     precisions: dict[str, Precision]
     runtimes: dict[str, Runtime]
+    data: DataSet
     held_out: Samples
     noise: Array
     calibration: Samples | None
@@ -69,16 +72,18 @@ class Job:
         *,
         weights: Path | Initial | None,
         input_shape: tuple[int, ...] | None,
-        calibration: Array | Path | None,
+        calibration: Array | Path | str | None,
         progress: Progress,
+        data: Path | str | None = None,
         classes: int | None = None,
         builds: bool = True,
         allow_overlap: bool = False,
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        A job that ``builds`` nothing needs no runtime that could. Calibration samples that are
-        among those it is judged on are refused unless ``allow_overlap``.
+        ``data`` and ``calibration`` name what `exporter.data` takes, in place of the model's own. A
+        job that ``builds`` nothing needs no runtime that could. Calibration samples that are among
+        those it is judged on are refused unless ``allow_overlap``.
         """
         stages = Stages(progress)
         network = Network.choose(model, profile.model.args, input_shape, classes)
@@ -90,11 +95,17 @@ class Job:
         module, origin, loaded = network.build(weights)
         network.check(module, spec)
         needed = any(precision.needs_calibration for precision in precisions.values())
-        held_out = samples.load_split(chosen.data, spec.shape, "held-out")
-        calibrating = _calibration(chosen, profile, spec, calibration, needed=needed)
+        fits = (chosen.data, spec, chosen.output, profile)
+        whole: Split | None = None if calibration is None else "held-out"
+        dataset = open_data(data, *fits, whole=whole)
+        judged_on = dataset.part("held-out")
+        held_out = judged_on.samples
+        calibrating = None
         shared: tuple[int, ...] = ()
-        if calibrating:
-            shared = samples.overlap(calibrating.inputs, held_out.inputs)
+        if needed or calibration is not None:
+            part = choose_calibration(calibration, dataset, *fits)
+            calibrating = part.samples
+            shared = shared_samples(part, judged_on)
             if shared and not allow_overlap:
                 raise _overlapping(calibrating, held_out, shared)
         stages.name_what_was("look at what was asked for")
@@ -108,6 +119,7 @@ class Job:
             profile=profile,
             precisions=precisions,
             runtimes=runtimes,
+            data=dataset,
             held_out=held_out,
             noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
             calibration=calibrating,
@@ -153,6 +165,14 @@ class Job:
             held_out, noise = (self.outputs(session, part, advance) for part in inputs)
         return held_out, noise
 
+    def gates(self, precision: str) -> PrecisionChoice:
+        """Return what the profile asks of a precision, as far as the samples can say it."""
+        found = self.profile.precision[precision]
+        if self.held_out.labels is not None:
+            return found
+        unlabelled = msgspec.structs.replace(found.tolerance, accuracy_drop=None)
+        return msgspec.structs.replace(found, tolerance=unlabelled)
+
     def feed(self, size: int) -> Feed:
         """Return one batch of held-out samples."""
         return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
@@ -171,6 +191,12 @@ class Job:
         """Return the reasons not to trust what was found: of the weights, and of calibration."""
         untrained = not self.loaded.format and self.weights.startswith("random")
         doubts = [_UNTRAINED.format(self.weights)] if untrained else []
+        doubts += self.data.record.doubts if self.data.record else ()
+        if self.held_out.labels is None:
+            doubts.append(
+                f"accuracy is not checked, and no gate on it: the {self.held_out.origin} have no "
+                "labels"
+            )
         if self.calibration is None or self.calibrated is None:
             return tuple(doubts)
         if (count := len(self.calibration.inputs)) < FEW_IMAGES:
@@ -215,25 +241,6 @@ def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
                 hint=remedy(name, reason),
             )
     return runtimes
-
-
-def _calibration(
-    model: Model, profile: Profile, spec: TensorSpec, given: Array | Path | None, *, needed: bool
-) -> Samples | None:
-    """Return the samples that set the scales: the user's own, or a draw from the training split."""
-    if given is not None:
-        origin = given.name if isinstance(given, Path) else "the given array"
-        array = samples.load_array(given) if isinstance(given, Path) else given
-        samples.check_calibration(array, spec, origin=origin)
-        training = samples.load_split(model.data, spec.shape, "train")
-        samples.check_scale(array, training, origin=origin)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
-        return Samples(array, array[:0], f"{len(array)} samples of {origin}, SHA-256 {digest}…")
-    if not needed:
-        return None
-    wanted = profile.calibration
-    training = samples.load_split(model.data, spec.shape, "train")
-    return samples.draw(training, count=wanted.images, seed=wanted.seed)
 
 
 def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...]) -> InputRefused:

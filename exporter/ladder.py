@@ -212,7 +212,7 @@ class Ladder:
         )
 
     def _parity(self, artefact: Artefact, held_out: Array, noise: Array) -> tuple[Parity, Parity]:
-        gates = self.job.profile.precision[artefact.precision]
+        gates = self.job.gates(artefact.precision)
         on_held_out, on_noise = self.truth.parities
         return (
             compare_outputs(

@@ -65,7 +65,8 @@ def run(
     weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
-    calibration: Array | Path | None = None,
+    calibration: Array | Path | str | None = None,
+    data: Path | str | None = None,
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -73,10 +74,11 @@ def run(
 
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
     ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
-    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number, and
-    ``calibration``, (N, C, H, W) float32 or a .npy file of that, the draw from its training
-    samples; samples that the result is judged on are refused there unless ``allow_overlap``. The
-    bundle ``out`` is written whole or not at all.
+    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number,
+    ``data`` its own samples by any that `exporter.data` takes, and ``calibration``, such data or an
+    array (N, C, H, W) float32, the draw from those; samples that the result is judged on are
+    refused there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle
+    ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -91,6 +93,7 @@ def run(
         input_shape=input_shape,
         classes=classes,
         calibration=calibration,
+        data=data,
         progress=progress,
         allow_overlap=allow_overlap,
     )
@@ -127,6 +130,7 @@ def run(
             doubts=(*_doubts_of_accuracy(truth), *job.doubts(), *doubts),
             stages=job.stages.so_far,
             calibrated=job.calibrated,
+            data=job.data.record,
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
         (folder / "report.md").write_text(markdown.render(report), "utf-8")

@@ -18,7 +18,16 @@ import msgspec
 
 from exporter.errors import ProfileError, UnknownName, nearest
 from exporter.plugins import load_precision, load_runtime
-from exporter.records import Asked, BatchRange, Calibration, ParityInputs, Timing, Tolerance
+from exporter.records import (
+    Asked,
+    BatchRange,
+    Calibration,
+    DataChoice,
+    ParityInputs,
+    Preprocess,
+    Timing,
+    Tolerance,
+)
 from exporter.strict import read
 
 OPSETS = range(19, 25)  # 19: Q/DQ with half scales; 24: the newest that torch 2.13 writes
@@ -52,6 +61,8 @@ class Profile(Asked, frozen=True):
     timing: Timing = Timing()
     parity: ParityInputs = ParityInputs()
     calibration: Calibration = Calibration()
+    data: DataChoice = DataChoice()
+    preprocess: Preprocess = Preprocess()
     opset: int = 20
     model: ModelChoice = ModelChoice()
 

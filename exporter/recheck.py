@@ -28,7 +28,7 @@ from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, Report, Variant
+from exporter.records import Array, Artefact, DataRecord, Report, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import is_intact, read_bundle
@@ -42,18 +42,19 @@ def check_bundle(
     *,
     model: Model | None = None,
     weights: Path | Initial | None = None,
-    calibration: Array | Path | None = None,
+    calibration: Array | Path | str | None = None,
+    data: Path | str | None = None,
     allow_overlap: bool = False,
     search: Search | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Return the bundle's report with parity and fidelity measured anew.
 
-    ``model``, ``weights``, ``calibration`` and ``allow_overlap`` are what the bundle was exported
-    with, where they were not the built-in ones; code that made the network is never taken from the
-    bundle. The result has no latencies. Nothing is written, but that with ``search`` the worst
-    inputs found for each artefact go into the bundle, as ``worst-case/<artefact>.npy``, and what
-    they show into ``worst-case/record.json``.
+    ``model``, ``weights``, ``calibration``, ``data`` and ``allow_overlap`` are what the bundle was
+    exported with, where they were not the built-in ones; code that made the network is never taken
+    from the bundle. The result has no latencies. Nothing is written, but that with ``search`` the
+    worst inputs found for each artefact go into the bundle, as ``worst-case/<artefact>.npy``, and
+    what they show into ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
@@ -73,6 +74,7 @@ def check_bundle(
         input_shape=before.source.input.shape,
         classes=before.source.output.shape[0] if before.source.output.shape else None,
         calibration=calibration,
+        data=data,
         progress=progress,
         builds=False,
         allow_overlap=allow_overlap,
@@ -132,6 +134,7 @@ def _check_sources(job: Job, before: Report) -> None:
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
             hint="give the same with --weights",
         )
+    _check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
     wanted = before.calibration or "nothing"
     if wanted != calibrated:
@@ -146,6 +149,22 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
+
+
+def _check_data(found: DataRecord | None, before: DataRecord | None) -> None:
+    """Raise `InputRefused` unless the samples are those that the bundle was judged on."""
+    now, then = (
+        f"{data.held_out} of the {data.samples} samples of {data.name!r}, SHA-256 "
+        f"{data.sha256[:12]}…"
+        if data
+        else "the network's own samples"
+        for data in (found, before)
+    )
+    if now != then:
+        raise InputRefused(
+            f"the bundle was judged on {then}, and this would be on {now}",
+            hint="give the same with --data" if before else "leave out --data",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ _ANOTHER_SCALE = 8.0
 
 
 class Samples(NamedTuple):
-    """``inputs`` (N, C, H, W) float32, ``labels`` (N,) int64, and where they come from."""
+    """``inputs`` (N, C, H, W) float32, ``labels`` (N,) int64 or None, and where they come from."""
 
     inputs: Array
-    labels: Array
+    labels: Array | None
     origin: str
 
 
@@ -100,7 +100,8 @@ def draw(samples: Samples, *, count: int, seed: int) -> Samples:
         )
     chosen = np.random.RandomState(seed).permutation(have)[:count]
     origin = f"{count} of the {samples.origin}, seed {seed}"
-    return Samples(samples.inputs[chosen], samples.labels[chosen], origin)
+    labels = None if samples.labels is None else samples.labels[chosen]
+    return Samples(samples.inputs[chosen], labels, origin)
 
 
 def load_array(path: Path) -> Array:

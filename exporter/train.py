@@ -74,6 +74,7 @@ def train(model: Model, path: Path, *, progress: Progress = silent) -> Trained:
     }
     module.load_state_dict(state)
     held_out = load_split(model.data, model.input.shape, "held-out")
+    assert held_out.labels is not None  # what ships has some
     session = TorchSession.of(module.eval(), model.output.name)
     batches = list(feeds(held_out.inputs, model.input.name, size=8))
     with progress("evaluate", len(batches)) as advance:

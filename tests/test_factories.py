@@ -168,7 +168,7 @@ def test_the_current_folder_is_not_searched(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "args", "kind", "said", "hint"),
     [
-        ("{net}:mak", {}, UnknownName, "no factory in {net} named 'mak'", "'make'"),
+        ("{net}:mak", {}, UnknownName, "no factory in net.py named 'mak'", "'make'"),
         ("{net}:Net.wide", {}, UnknownName, "named 'wide'", "narrow"),
         ("{net}:make", {"widht": 3}, ProfileError, "net.py:make: model.args: unknown key 'widht'", "'width'"),
         ("{net}:Net.narrow", {}, ProfileError, "the key 'classes' is missing", "--set model.args.classes=…"),

@@ -41,6 +41,7 @@ def measure_all(advance: Advance = lambda: None) -> tuple[Gradients, ...]:
     import torch
 
     inputs, labels, _ = load_split("digits", (1, SIZE, SIZE), "train")
+    assert labels is not None  # the digits have some
     batch = torch.from_numpy(inputs[:BATCH]), torch.from_numpy(labels[:BATCH])
     found = []
     for name, build in NETWORKS.items():

@@ -50,6 +50,13 @@ weights_option = click.option(
 classes_option = click.option(
     "--classes", type=click.IntRange(1), help="Outputs, of networks that can have any number."
 )
+data_option = click.option(
+    "--data",
+    metavar="DATA",
+    help="Judge on these samples, and calibrate on others of them: digits, a folder of images, "
+    "which may lie in folders of their classes, an .npy, .npz or .safetensors file, or code of "
+    "yours, as package.module:factory or file.py:factory.",
+)
 model_option = click.option(
     "-m",
     "--model",
@@ -63,6 +70,7 @@ def network_of(
     model: str, args: dict[str, Any], input_shape: tuple[int, ...] | None
 ) -> str | FactoryModel:
     """Return a built-in network's name as it is, and what a factory makes that was named."""
-    from exporter.factories import is_code, load_factory
+    from exporter.factories import load_factory
+    from exporter.given_code import is_code
 
     return load_factory(model, args, input_shape=input_shape) if is_code(model) else model

@@ -32,6 +32,7 @@ from exporter.records.bench import (
 from exporter.records.calibration import Convergence, Curve
 from exporter.records.checkup import Checkup, Diagnosis, Trial
 from exporter.records.cost import Cost, LayerCost
+from exporter.records.data import DataChoice, DataRecord, Preprocess, Unfit
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.latency import Figure, Latency
@@ -78,6 +79,8 @@ __all__ = [
     "Cost",
     "Counted",
     "Curve",
+    "DataChoice",
+    "DataRecord",
     "Diagnosis",
     "Executed",
     "Execution",
@@ -105,6 +108,7 @@ __all__ = [
     "Parity",
     "ParityInputs",
     "Part",
+    "Preprocess",
     "Quantised",
     "Recommendation",
     "Repair",
@@ -121,6 +125,7 @@ __all__ = [
     "Tolerance",
     "Trial",
     "TuneReport",
+    "Unfit",
     "Variant",
     "Verdict",
     "WorstCase",

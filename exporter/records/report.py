@@ -9,6 +9,7 @@ from exporter.records.asked import TensorSpec
 from exporter.records.base import Found, Verdict, worst
 from exporter.records.calibration import Convergence
 from exporter.records.cost import Cost
+from exporter.records.data import DataRecord
 from exporter.records.execution import Execution
 from exporter.records.fidelity import LayerError, Rung, WorstCase
 from exporter.records.latency import Latency
@@ -157,7 +158,7 @@ class Report(Found, frozen=True):
     """The record of one run. Markdown and the terminal's table are views of it.
 
     ``doubts`` are reasons not to trust figures that are in it, one sentence each; ``calibrated`` is
-    None where no scale was calibrated.
+    None where no scale was calibrated, and ``data`` where the model's own samples were used.
     """
 
     schema: int
@@ -175,6 +176,7 @@ class Report(Found, frozen=True):
     stages: tuple[Stage, ...]
     worst_cases: tuple[WorstCase, ...] = ()
     calibrated: Convergence | None = None
+    data: DataRecord | None = None
 
     @property
     def seconds(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from exporter.records import Artefact, Cost, Parity, Report, Source
+from exporter.renderers import _data as data
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
@@ -53,6 +54,7 @@ def _head(report: Report) -> list[str]:
         f"- calibrated on {_escape(report.calibration)}"
         if report.calibration
         else "- not calibrated",
+        *(f"- {_escape(line)}" for line in data.data_lines(report.data)),
     ]
 
 

@@ -30,7 +30,7 @@ from exporter.job import Job
 from exporter.plugins import load_runtime, options_of
 from exporter.profile import Profile
 from exporter.records import Array, Budget, TuneReport
-from exporter.samples import Samples, load_split
+from exporter.samples import Samples
 from exporter.tune.bench import Bench
 from exporter.tune.loop import Search
 from exporter.tune.state import State, check_folder
@@ -50,7 +50,8 @@ def tune_model(
     weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
-    calibration: Array | Path | None = None,
+    calibration: Array | Path | str | None = None,
+    data: Path | str | None = None,
     validation: int = 128,
     minutes: float = 5.0,
     restart: bool = False,
@@ -76,6 +77,7 @@ def tune_model(
         input_shape=input_shape,
         classes=classes,
         calibration=calibration,
+        data=data,
         progress=progress,
         builds=False,
     )
@@ -131,7 +133,7 @@ def _validation(job: Job, count: int) -> Samples:
     """
     import numpy as np
 
-    training = load_split(job.model.data, job.input.shape, "train")
+    training = job.data.part("train").samples
     drawn = job.calibration.inputs if job.calibration else training.inputs[:0]
     taken = {_digest(sample) for sample in drawn}
     order = np.random.RandomState(job.profile.calibration.seed).permutation(len(training.inputs))
@@ -143,7 +145,8 @@ def _validation(job: Job, count: int) -> Samples:
             hint="lower calibration.images",
         )
     origin = f"{len(free)} of the {training.origin} that are not calibrated on"
-    return Samples(training.inputs[free], training.labels[free], origin)
+    labels = None if training.labels is None else training.labels[free]
+    return Samples(training.inputs[free], labels, origin)
 
 
 def _made_with(

@@ -1,0 +1,304 @@
+"""Arrays as samples: ``.npy``, ``.npz`` and safetensors files, read a few samples at a time.
+
+Inputs are (N, C, H, W), float32 as the network takes them, or uint8 pixels that `preprocess.mean`
+and `preprocess.std` say the meaning of. An ``.npz`` or safetensors file may have labels beside
+them, (N,) integers, under the names ``inputs`` and ``labels``. Pickled objects are never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from exporter.data.gathered import Gathered
+from exporter.data.lazy import CHUNK, Fetch, Lazy
+from exporter.data.pictures import check_scale_said, normalise
+from exporter.errors import ExportError, InputRefused
+from exporter.records import Array, Preprocess
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_LARGEST = 2 << 30  # bytes of an .npz, unpacked; an .npy may have any size, since it is mapped
+_TIGHTEST = 200  # times that an .npz may unpack to; pictures do not come near
+_SMALL = 1 << 20  # bytes for which nobody minds
+_HEADER = 10_000  # bytes of an array's description
+_TYPES = {"F32": "float32", "U8": "uint8", "I64": "int64", "I32": "int32", "F64": "float64"}
+
+
+class Stored(NamedTuple):
+    """An array that is there, and how to read some rows of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: Callable[[Array], Array]
+
+
+class Asked(NamedTuple):
+    """What samples must be: (C, H, W), the number of classes, and what pixels mean."""
+
+    shape: tuple[int, ...]
+    classes: int
+    preprocess: Preprocess
+
+
+def gather_npy(path: Path, asked: Asked) -> Gathered:
+    """Return the samples of an ``.npy`` file, which is mapped and not loaded."""
+    import numpy as np
+
+    with _reading(path, "numpy.save(path, array)"):
+        with path.open("rb") as stream:
+            shape, dtype = _header(stream, path.name)
+            needed = prod(shape) * dtype.itemsize
+            there = os.fstat(stream.fileno()).st_size - stream.tell()
+        check_inputs(path.name, shape, dtype, asked)
+        if there < needed:
+            raise InputRefused(
+                f"{path.name}: cut short: {there:,} bytes of the {needed:,} that its header says"
+            )
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    stored = Stored(array.shape, array.dtype, lambda chosen: array[chosen])
+    return gather(path.name, "an .npy file", stored, None, asked)
+
+
+def gather_npz(path: Path, asked: Asked) -> Gathered:
+    """Return the samples of an ``.npz`` file, and their labels if it has some."""
+    import numpy as np
+
+    with _reading(path, "numpy.savez(path, inputs=…, labels=…)"):
+        with zipfile.ZipFile(path) as archive:
+            described = {
+                member.filename.removesuffix(".npy"): _member(archive, member, path.name)
+                for member in archive.infolist()
+            }
+            size = sum(member.file_size for member in archive.infolist())
+        inputs, labels = _names(path.name, described)
+        check_inputs(path.name, *described[inputs], asked)
+        packed = path.stat().st_size
+        if size > _LARGEST or size > max(_SMALL, _TIGHTEST * packed):
+            raise InputRefused(
+                f"{path.name}: {packed:,} bytes that unpack to {size:,}, and {_LARGEST:,} or "
+                f"{_TIGHTEST} times as many are allowed",
+                hint="give large data as an .npy file, which is not unpacked",
+            )
+        with np.load(path, allow_pickle=False) as loaded:
+            array = loaded[inputs]
+            beside = None if labels is None else loaded[labels]
+    stored = Stored(array.shape, array.dtype, lambda chosen: array[chosen])
+    return gather(path.name, "an .npz file", stored, beside, asked)
+
+
+def gather_safetensors(path: Path, asked: Asked) -> Gathered:
+    """Return the samples of a safetensors file, and their labels if it has some."""
+    import numpy as np
+    from safetensors import safe_open
+
+    with _reading(path, "safetensors.numpy.save_file({'inputs': …, 'labels': …}, path)"):
+        file: Any = safe_open(path, framework="np")
+        described: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            part = file.get_slice(key)
+            if part.get_dtype() not in _TYPES:
+                raise InputRefused(
+                    f"{path.name}: {key!r} is {part.get_dtype()}",
+                    hint="save inputs as float32 or uint8, and labels as int64",
+                )
+            described[key] = (tuple(part.get_shape()), np.dtype(_TYPES[part.get_dtype()]))
+        inputs, labels = _names(path.name, described)
+        check_inputs(path.name, *described[inputs], asked)
+        beside = None if labels is None else file.get_tensor(labels)
+        rows = file.get_slice(inputs)
+    stored = Stored(*described[inputs], lambda chosen: _slices(rows, chosen))
+    return gather(path.name, "a safetensors file", stored, beside, asked)
+
+
+def gather(name: str, kind: str, stored: Stored, labels: Array | None, asked: Asked) -> Gathered:
+    """Return stored rows as samples, each looked at once. Raises `InputRefused`."""
+    check_inputs(name, stored.shape, stored.dtype, asked)
+    pixels = stored.dtype.kind == "u"
+    prepare = (lambda rows: normalise(rows, asked.preprocess)) if pixels else _as_they_are
+    samples = Lazy(lambda chosen: prepare(stored.rows(chosen)), stored.shape[0], asked.shape)
+    digests = look(name, samples, raw=None if pixels else stored.rows)
+    mean, std = asked.preprocess.mean, asked.preprocess.std
+    return Gathered(
+        kind=kind,
+        name=name,
+        samples=samples,
+        digests=digests,
+        by="inputs",
+        labels=None if labels is None else check_labels(name, labels, len(samples), asked.classes),
+        classes=None if labels is None else asked.classes,
+        preprocessing=f"uint8, (p/255 − {mean}) / {std}" if pixels else "none: as they are stored",
+    )
+
+
+def _as_they_are(rows: Array) -> Array:
+    import numpy as np
+
+    return np.ascontiguousarray(rows)
+
+
+def look(name: str, samples: Lazy, *, raw: Fetch | None) -> tuple[str, ...]:
+    """Return every sample's digest. Raises `InputRefused` for values no network was made for.
+
+    Those are ones that are not finite, one and the same value throughout, and, where samples are
+    ``raw``, whole numbers of 0 to 255.
+    """
+    import numpy as np
+
+    digests: list[str] = []
+    low, high, whole = np.inf, -np.inf, raw is not None
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        fit = np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
+        if not fit.all():
+            first = start + int(np.flatnonzero(~fit)[0])
+            raise InputRefused(f"{name}: sample {first} holds values that are NaN or infinite")
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+        whole = whole and low >= 0 and high <= 255 and bool((chunk == np.floor(chunk)).all())
+        digests += [hashlib.sha256(sample.tobytes()).hexdigest() for sample in chunk]
+    if low == high:
+        raise InputRefused(f"{name}: every value of every sample is {low:g}")
+    if whole and high > 1:
+        raise InputRefused(
+            f"{name}: every value is a whole number of {low:g} to {high:g}: pixels that nobody "
+            "normalised",
+            hint="save them as uint8 and say preprocess.mean and preprocess.std, or normalise them",
+        )
+    return tuple(digests)
+
+
+def check_inputs(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], asked: Asked) -> None:
+    """Raise `InputRefused` unless an array can be the network's inputs, with how to make it so."""
+    import numpy as np
+
+    wanted = f"(N, {', '.join(map(str, asked.shape))})"
+    found = f"{tuple(shape)} {dtype}"
+    if dtype.hasobject:
+        raise InputRefused(
+            f"{name}: pickled Python objects, which are never loaded", hint="save numbers"
+        )
+    if len(shape) != 1 + len(asked.shape) or shape[1:] != asked.shape:
+        raise InputRefused(
+            f"{name}: the samples must be {wanted} float32 or uint8, found {found}",
+            hint=_as_asked(shape, asked.shape),
+        )
+    if not shape[0]:
+        raise InputRefused(f"{name}: no samples in it")
+    if dtype == np.uint8:
+        check_scale_said(asked.shape, asked.preprocess)
+    elif dtype != np.float32:
+        other = " or, if they are pixels, numpy.uint8" if dtype.kind in "iu" else ""
+        raise InputRefused(
+            f"{name}: the samples must be {wanted} float32 or uint8, found {found}",
+            hint=f"convert them with array.astype(numpy.float32){other}",
+        )
+
+
+def _as_asked(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """Return what would make the shape the wanted one, where something simple does."""
+    channels, *size = wanted
+    if shape[1:] == (*size, channels):
+        return "channels come first: array.transpose(0, 3, 1, 2)"
+    if shape == wanted:
+        return "one sample is a batch of one: array[None]"
+    if channels == 1 and shape[1:] == tuple(size):
+        return "the channel has an axis of its own: array[:, None]"
+    if len(shape) == 4 and shape[2:] == tuple(size):
+        return f"the network takes {channels} channels; --input says otherwise"
+    if len(shape) == 4 and shape[1] == channels:
+        return "--input says which size the network is given"
+    return None
+
+
+def check_labels(name: str, labels: Array, count: int, classes: int) -> Array:
+    """Return labels as (N,) int64. Raises `InputRefused` unless there is one of 0 to C-1 each."""
+    import numpy as np
+
+    if labels.shape == (count, classes) and classes > 1:
+        hint = "labels are numbers of classes: labels.argmax(axis=1)"
+        raise InputRefused(f"{name}: the labels are {labels.shape}, not ({count},)", hint=hint)
+    if labels.shape != (count,):
+        raise InputRefused(f"{name}: {count} samples, and labels of shape {labels.shape}")
+    if labels.dtype.kind not in "iu":
+        raise InputRefused(
+            f"{name}: the labels are {labels.dtype}, where whole numbers are needed",
+            hint="convert them with labels.astype(numpy.int64)",
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise InputRefused(
+            f"{name}: labels of {low} to {high}, and the network's outputs are 0 to {classes - 1}"
+        )
+    return labels.astype(np.int64)
+
+
+@contextmanager
+def _reading(path: Path, how: str) -> Iterator[None]:
+    """Turn whatever a library raises for a damaged file into `InputRefused`."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:  # damage takes numpy to tokenize, zipfile and malloc
+        raise InputRefused(
+            f"{path.name}: damaged, or no {path.suffix} file of numbers",
+            hint=f"write it with {how}",
+        ) from error
+
+
+def _header(stream: BinaryIO | Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and type that an array's description says, without reading the array."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream, max_header_size=_HEADER)
+    if min(shape, default=0) < 0:
+        raise InputRefused(f"{name}: its header says {shape}")
+    return shape, dtype
+
+
+def _member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return what one array of an archive is. Raises `InputRefused` if its sizes do not agree."""
+    with archive.open(member) as stream:
+        shape, dtype = _header(stream, name)
+        start = stream.tell()
+    if not dtype.hasobject and start + prod(shape) * dtype.itemsize != member.file_size:
+        raise InputRefused(
+            f"{name}: {member.filename!r} says {shape} {dtype}, and has {member.file_size:,} bytes"
+        )
+    return shape, dtype
+
+
+def _names(name: str, found: Mapping[str, object]) -> tuple[str, str | None]:
+    """Return which arrays are inputs and labels. Raises `InputRefused` where it would be guessed.
+
+    One array alone is the inputs, whatever its name.
+    """
+    if len(found) == 1 and "labels" not in found:
+        return next(iter(found)), None
+    if set(found) == {"inputs", "labels"}:
+        return "inputs", "labels"
+    keys = ", ".join(map(repr, list(found)[:5])) + (", …" if len(found) > 5 else "")
+    raise InputRefused(
+        f"{name}: arrays named {keys or 'nothing at all'}, and nothing says which are the inputs",
+        hint="save one array, or two named 'inputs' and 'labels'",
+    )
+
+
+def _slices(part: Any, chosen: Array) -> Array:
+    import numpy as np
+
+    first, last = int(chosen[0]), int(chosen[-1])
+    if len(chosen) == last - first + 1 and (np.diff(chosen) == 1).all():
+        return np.asarray(part[first : last + 1])
+    return np.stack([np.asarray(part[int(index) : int(index) + 1])[0] for index in chosen])

@@ -1,0 +1,87 @@
+"""Which samples scales are calibrated on: somebody's own, or a draw that content decides."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from exporter import samples
+from exporter.data.sets import BuiltIn, DataSet, Part, open_data
+from exporter.digests import digests
+from exporter.errors import InputRefused
+from exporter.profile import Profile
+from exporter.records import Array, TensorSpec
+from exporter.samples import Samples
+
+_USUAL = 256  # samples that show on which scale the others are
+
+
+def choose_calibration(
+    given: Array | Path | str | None,
+    judged: DataSet,
+    model_data: str,
+    input: TensorSpec,
+    output: TensorSpec,
+    profile: Profile,
+) -> Part:
+    """Return the samples that set the scales.
+
+    Of an array or an ``.npy`` file that is ``given`` all are taken, of other data as many as the
+    profile says, and without any as many of what is ``judged`` on other samples of. Raises
+    `InputRefused` if they are too few, or nothing that scales can be taken from.
+    """
+    if given is None:
+        return _draw(judged, input, profile)
+    if isinstance(given, Path | str) and Path(given).suffix.lower() != ".npy":
+        own = open_data(given, model_data, input, output, profile, whole="train")
+        part = _draw(own, input, profile)
+        samples.check_scale(part.samples.inputs, _others(judged), origin=Path(given).name)
+        return part
+    origin = Path(given).name if isinstance(given, Path | str) else "the given array"
+    array = samples.load_array(Path(given)) if isinstance(given, Path | str) else given
+    samples.check_calibration(array, input, origin=origin)
+    samples.check_scale(array, _others(judged), origin=origin)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
+    found = Samples(array, None, f"{len(array)} samples of {origin}, SHA-256 {digest}…")
+    return Part(found, tuple(digests(array)), "inputs")
+
+
+def _others(judged: DataSet) -> Samples:
+    """Return samples that are on the network's scale."""
+    if isinstance(judged, BuiltIn):
+        return judged.part("train").samples
+    part = judged.part("held-out").samples
+    return part._replace(inputs=part.inputs[:_USUAL])
+
+
+def _draw(data: DataSet, input: TensorSpec, profile: Profile) -> Part:
+    """Return so many samples for calibration: of built-in ones by position, else by content."""
+    wanted = profile.calibration
+    part = data.part("train")
+    if isinstance(data, BuiltIn):
+        drawn = samples.draw(part.samples, count=wanted.images, seed=wanted.seed)
+        return Part(drawn, tuple(digests(drawn.inputs)), "inputs")
+    have = len(part.digests)
+    if wanted.images > have:
+        raise InputRefused(
+            f"calibration asks for {wanted.images} samples, and {data.gathered.name} has {have} "
+            "for it",
+            hint=f"calibration.images may be at most {have}; data.held_out says how many are kept "
+            "for judging, or give calibration data of their own with --calibration",
+        )
+    chosen = by_content(part.digests, wanted.seed)[: wanted.images]
+    inputs = part.samples.inputs[chosen]
+    samples.check_calibration(inputs, input, origin=data.gathered.name)
+    origin = (
+        f"{len(chosen)} of the {part.samples.origin}, SHA-256 {data.record.sha256[:12]}…, seed "
+        f"{wanted.seed}"
+    )
+    return Part(
+        Samples(inputs, None, origin), tuple(part.digests[index] for index in chosen), part.by
+    )
+
+
+def by_content(found: tuple[str, ...], seed: int) -> list[int]:
+    """Return samples' numbers in an order that a seed and their digests decide, and no names."""
+    keys = [hashlib.sha256(f"{seed} {digest}".encode("ascii")).digest() for digest in found]
+    return sorted(range(len(found)), key=lambda index: (keys[index], index))

@@ -278,7 +278,7 @@ def files(tmp_path_factory) -> Path:
         ("--calibration {files}/few.npy", 3, "calibration data has 7 samples, and needs 8 that differ"),
         ("--calibration {files}/pixels.npy", 3, "calibration data is on another scale than the network's training samples"),
         ("--calibration {files}/held-out.npy", 3, "16 of the 16 calibration samples are among the 360 held-out digits"),
-        ("--set calibration.images=7", 2, "images must be 8 or more, found 7"),
+        ("--set calibration.images=7", 2, "images must be from 8 to 1000000, found 7"),
         ("--calibration {files}/objects.npy", 3, "objects.npy: not a readable .npy array"),
         ("--profile {files}/gpu.toml", 4, "the runtime 'tensorrt' cannot be used here"),
         ("--target current", 4, "the runtime 'tensorrt-rtx' cannot be used here: no NVIDIA GPU"),

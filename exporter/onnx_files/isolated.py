@@ -41,13 +41,12 @@ def check_isolated(stream: BinaryIO, size: int, *, run: Path | None, outside: in
     if "refused" in outcome:
         raise InputRefused(str(outcome["refused"]))
     if "error" in outcome:
-        said = " ".join(str(outcome["error"]).partition(": ")[2].split())
-        raise InputRefused(f"not a sound ONNX model: {plain(said, most=200)}")
+        raise InputRefused(f"not a sound ONNX model: {_said(outcome['error'])}")
     if "not run" in outcome and outcome["unknown"]:
         # Another runtime might run it, and then nothing would bound what it makes.
         raise InputRefused(
-            f"ONNX Runtime cannot run it, and the shape of {quoted(outcome['unknown'][0])} does "
-            "not follow from the graph"
+            f"ONNX Runtime cannot run it ({_said(outcome['not run'])}), and the shape of "
+            f"{quoted(outcome['unknown'][0])} does not follow from the graph"
         )
 
 
@@ -82,6 +81,11 @@ def _run(stream: BinaryIO, folder: Path, memory: int, seconds: int, run: str) ->
         raise InputRefused(
             f"the process that checks it ended with {ended}{': ' if last else ''}{plain(last)}"
         ) from error
+
+
+def _said(error: object) -> str:
+    """Return what a library says is wrong, on one line and without the exception's name."""
+    return plain(" ".join(str(error).partition(": ")[2].split()), most=200).rstrip(".")
 
 
 def _too_large(memory: int) -> OutOfMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import refused
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 
+from exporter import onnx_files
 from exporter.cli import main
 from exporter.errors import ExportError, InputRefused, OutOfMemory
 from exporter.onnx_files import check_onnx
@@ -130,9 +132,9 @@ def test_there_are_twenty_hostile_locations_and_more():
     assert len(HOSTILE) >= 20
 
 
-def test_a_socket_is_not_opened(folder):
+def test_a_socket_is_not_opened(folder, monkeypatch):
     with socket.socket(socket.AF_UNIX) as end:
-        os.chdir(folder)
+        monkeypatch.chdir(folder)  # a socket's own path must be short
         end.bind("sock.bin")
         with refused(InputRefused, "no regular file"):
             check_onnx(written(folder, outside(location="sock.bin")), runs=True)
@@ -409,7 +411,7 @@ def test_a_size_that_only_a_run_tells_is_met_in_a_run(tmp_path):
 
 
 def test_a_loop_without_end_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("exporter.onnx_files.isolated.SECONDS", 5)
+    monkeypatch.setattr("exporter.onnx_files.isolated.SECONDS", 3)
     with refused(InputRefused, "net.onnx: "):
         check_onnx(written(tmp_path, endless()), runs=True)
 
@@ -496,3 +498,23 @@ def test_every_truncation_of_a_file_is_refused_or_sound(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ExportError):
             check_onnx(path, runs=False)
+
+
+def test_a_file_changed_at_random_is_taken_or_refused_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "check_isolated", lambda *given, **more: None)
+    path = tmp_path / "net.onnx"
+    draw = random.Random(0)
+    makers = (custom, endless, cyclic, laughing, claimed, lambda: outside(location="w.bin"))
+    seeds = [make().SerializeToString() for make in makers]
+    said = []
+    for number in range(600):
+        data = bytearray(draw.choice(seeds))
+        for _ in range(draw.choice((1, 2, 5))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            check_onnx(path, runs=bool(number % 2))
+        except ExportError as error:
+            said.append(str(error))
+    assert len(said) > 200
+    assert all(one.isprintable() for one in said)

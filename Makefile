@@ -4,7 +4,7 @@ MODEL   ?= resnet18
 BIN     := .venv/bin
 COMMA   := ,
 
-.PHONY: help export test check weights bench mutation quantization gpu clean
+.PHONY: help export test check weights bench latency quantization pipeline forms mutation gpu clean
 
 help:     ## show this
 	@grep -hE '^[a-z]+: +.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -24,15 +24,24 @@ check: .venv/ready-dev    ## format, lint, types, layers
 weights: .venv/ready-default    ## train the built-in network again, from its fixed seed
 	$(BIN)/resnet-export train exporter/models/$(MODEL).safetensors --model $(MODEL)
 
-bench: .venv/ready-default    ## measure the forms that a BatchNorm can take where it leaves something
+bench: .venv/ready-dev    ## the three below, one dated report in benchmarks/results/; BENCH=--quick tries them
+	$(BIN)/python benchmarks/suite.py $(BENCH)
+
+latency: .venv/ready-dev    ## what this makes and what its peers make, timed in one run; see its --help
+	$(BIN)/python benchmarks/latency.py $(BENCH)
+
+quantization: .venv/ready-dev    ## INT8 against the real peers, installed beside; see its --help
+	PYTHONPATH=benchmarks $(BIN)/python -m quantization $(BENCH)
+
+pipeline: .venv/ready-dev    ## the time of a whole export against the peers' steps; see its --help
+	$(BIN)/python benchmarks/pipeline.py $(BENCH)
+
+forms: .venv/ready-default    ## measure the forms that a BatchNorm can take where it leaves something
 	$(BIN)/python benchmarks/stem_forms.py
 	$(BIN)/python benchmarks/padding_forms.py
 
 mutation: .venv/ready-default    ## seed conversion bugs, and count those that the fidelity gate catches
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m mutation
-
-quantization: .venv/ready-default    ## INT8 against the real peers, installed beside; see its --help
-	PYTHONPATH=benchmarks $(BIN)/python -m quantization $(BENCH)
 
 gpu:      ## all that needs an NVIDIA GPU, in under 10 minutes; what the machine lacks is skipped, by name
 	@test ! -e /dev/nvidiactl || $(BIN)/python $(HAS_TORCH) || $(PYTHON) $(HAS_TORCH) || $(MAKE) .venv/ready-gpu || true

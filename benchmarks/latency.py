@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import keep
 import numpy as np
 import onnx
 import torch
@@ -37,7 +37,6 @@ from exporter.latency import measure_latency
 from exporter.records import Array, BatchRange, Feed, Latency, Outputs, TensorSpec, Timing
 from exporter.samples import draw, feeds, load_split
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES, JUDGED, VARIED = 256, 120, 8
 EAGER, DEFAULT = "PyTorch eager, the module", "default torch.onnx.export in ONNX Runtime"
 
@@ -115,21 +114,18 @@ def main() -> None:
         given = {1: [{"input": held_out[i : i + 1]} for i in range(VARIED)]}
         timing = Timing(runs=asked.rounds, pytorch_threads=asked.threads)
         found = {latency.name: latency for latency in measure_latency(sessions, given, timing)}
-    print(text := _table(found, scores, asked, versions))
-    if asked.write:
-        today = datetime.now(UTC).date().isoformat()
-        record = {
-            "environment": capture(),
-            "versions": versions,
-            "pixels": asked.pixels,
-            "threads": asked.threads,
-            "artefacts": {
-                n: {"samples_ms": latency.samples_ms, "sqnr_db": scores[n][0]}
-                for n, latency in found.items()
-            },
-        }
-        (RESULTS / f"{today}-latency.md").write_text(text, "utf-8")
-        (RESULTS / f"{today}-latency.json").write_text(json.dumps(record, indent=1), "utf-8")
+    record = {
+        "environment": capture(),
+        "versions": versions,
+        "pixels": asked.pixels,
+        "threads": asked.threads,
+        "artefacts": {
+            n: {"samples_ms": latency.samples_ms, "sqnr_db": scores[n][0]}
+            for n, latency in found.items()
+        },
+    }
+    text = _table(found, scores, asked, versions)
+    keep.keep("latency", text, json.dumps(record, indent=1) + "\n", asked)
 
 
 def _arguments() -> argparse.Namespace:
@@ -137,7 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--write", action="store_true", help="keep the result, dated, in results/")
+    keep.add_options(parser)
     return parser.parse_args()
 
 

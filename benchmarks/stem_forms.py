@@ -2,7 +2,7 @@
 
 Each form is the document's ResNet-18 with the residual BatchNorms folded and the stem written
 differently; all are timed in turn, in PyTorch and in ONNX Runtime, and shown as ratios to the
-first. Run: ``make bench``.
+first. Run: ``make forms``.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from exporter.claims import check_claims
     from exporter.compare import compare_networks
     from exporter.errors import ExportError, ParityError
+    from exporter.factories import load_factory
     from exporter.flops import count_flops, count_module
     from exporter.fold import fold_batchnorm
     from exporter.latency import measure_latency
@@ -76,6 +77,7 @@ _HOME = {
     "count_module": "flops",
     "export_onnx": "to_onnx",
     "fold_batchnorm": "fold",
+    "load_factory": "factories",
     "load_model": "plugins",
     "load_precision": "plugins",
     "load_profile": "profile",
@@ -112,6 +114,7 @@ __all__ = [
     "count_module",
     "export_onnx",
     "fold_batchnorm",
+    "load_factory",
     "load_model",
     "load_precision",
     "load_profile",

@@ -18,7 +18,14 @@ import click
 
 from exporter.commands.bench import bench
 from exporter.commands.networks import claims, compare, flops
-from exporter.commands.options import input_option
+from exporter.commands.options import (
+    Weights,
+    classes_option,
+    input_option,
+    model_option,
+    network_of,
+    weights_option,
+)
 from exporter.errors import ExportError, ProfileError
 from exporter.version import __version__
 
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from exporter.contracts import Advance, Progress
+    from exporter.initial import Initial
 
 EPILOG = """Exit codes: 0 every gate that could be checked was met, 1 a gate was missed, or could
 not be shown to be met, or one of several artefacts could not be made, 2 usage, 3 input refused, 4
@@ -104,7 +112,7 @@ class Percentage(click.ParamType[float]):
 
 
 @click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
-@click.option("-m", "--model", default="resnet18", show_default=True, help="A built-in network.")
+@model_option
 @click.option(
     "-p", "--precision", multiple=True, help="Repeatable, or a,b. Default: all in the profile."
 )
@@ -117,13 +125,9 @@ class Percentage(click.ParamType[float]):
     show_default=True,
     help="The bundle: a folder that is written whole or not at all.",
 )
-@click.option(
-    "-w",
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="A safetensors file, or a .pth of a state dict, in place of the built-in weights.",
-)
+@weights_option
 @input_option
+@classes_option
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -184,11 +188,12 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-m", "--model", help="The factory of its network, if it is no built-in one.")
 @click.option(
     "-w",
     "--weights",
-    type=click.Path(path_type=Path),
-    help="The weights it was exported from, if not the built-in ones.",
+    type=Weights(),
+    help="The weights it was exported from, if not those that ship with the network.",
 )
 @click.option(
     "--calibration",
@@ -222,7 +227,8 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
 def parity(
     ctx: click.Context,
     bundle: Path,
-    weights: Path | None,
+    model: str | None,
+    weights: Path | Initial | None,
     calibration: Path | None,
     steps: int,
     radius: float,
@@ -241,11 +247,12 @@ def parity(
         with progress("load PyTorch", None):
             from rich.console import Console
 
-            from exporter.recheck import check_bundle
+            from exporter.recheck import check_bundle, load_factory_of
             from exporter.renderers import record, waterfall
             from exporter.worst_case import Search
         report = check_bundle(
             bundle,
+            model=None if model is None else load_factory_of(bundle, model),
             weights=weights,
             calibration=calibration,
             allow_overlap=allow_overlap,
@@ -292,8 +299,9 @@ def train(path: Path, model: str) -> None:
 @click.option("--max-size", type=float, metavar="MB", help="The largest ONNX file.")
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
-@click.option("-w", "--weights", type=click.Path(path_type=Path), help="As for the export.")
+@weights_option
 @input_option
+@classes_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="A .npy file.")
 @click.option(
     "--validation",
@@ -334,9 +342,9 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
 
             from exporter.renderers import tuning
             from exporter.tune import tune_model
-        options = ("precision", "runtime", "weights", "input_shape", "calibration")
+        options = ("precision", "runtime", "weights", "input_shape", "classes", "calibration")
         report = tune_model(
-            asked["model"],
+            network_of(asked["model"], profile.model.args, asked["input_shape"]),
             profile,
             asked["out"],
             budget,
@@ -403,11 +411,12 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             from exporter import pipeline
             from exporter.renderers import terminal
         report = pipeline.run(
-            asked["model"],
+            network_of(asked["model"], profile.model.args, asked["input_shape"]),
             profile,
             asked["out"],
             weights=asked["weights"],
             input_shape=asked["input_shape"],
+            classes=asked["classes"],
             calibration=asked["calibration"],
             allow_overlap=asked["allow_overlap"],
             progress=progress,

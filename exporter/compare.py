@@ -19,10 +19,13 @@ from msgspec import structs
 from exporter import environment
 from exporter.contracts import Model, Progress, Session, silent
 from exporter.errors import ExportError, with_hint
+from exporter.factories import FactoryModel
 from exporter.flops import count_flops, count_module, read_file
 from exporter.fold import fold_batchnorm
+from exporter.initial import SEED, from_seed
 from exporter.latency import measure_latency
-from exporter.plugins import load_model, load_runtime
+from exporter.network import Network
+from exporter.plugins import load_runtime
 from exporter.records import (
     BatchRange,
     Contender,
@@ -41,14 +44,13 @@ from exporter.weights import load_weights
 if TYPE_CHECKING:
     from torch import nn
 
-SEED = 0
 RUNTIME = "ort-cpu"
 RUNS = 20
 INITIALISED = f"as initialised from seed {SEED}: no figure depends on their values"
 
 
 def compare_networks(
-    names: Sequence[str],
+    networks: Sequence[str | FactoryModel],
     *,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
@@ -56,26 +58,26 @@ def compare_networks(
     threads: int = 0,
     progress: Progress = silent,
 ) -> Contest:
-    """Return each built-in network's cost and latency for a batch of one, at its own input.
+    """Return each network's cost and latency for a batch of one, at its own input.
 
     With ``input_shape``, (C, H, W), and ``classes`` all have those; one that cannot is in the
     result with the reason. Raises `UnknownName`.
     """
-    for name in names:
-        load_model(name)  # a mistake costs no minute
+    named = {one if isinstance(one, str) else one.code: one for one in networks}
+    own = {name: Network.choose(one, {}, None, None).model.input for name, one in named.items()}
     runtime = load_runtime(RUNTIME, {"threads": threads})
     found: dict[str, Contender] = {}
     with TemporaryDirectory() as folder, ExitStack() as sessions:
         timed: dict[str, Session] = {}
-        for name in dict.fromkeys(names):
-            path = Path(folder, f"{name}.onnx")
+        for name, network in named.items():
+            path = Path(folder, f"{len(found)}.onnx")
             try:
                 with progress(f"export {name}", None):
-                    model = load_model(name, input_shape=input_shape, classes=classes)
+                    model = Network.choose(network, {}, input_shape, classes).model
                     found[name] = _export(name, model, input_shape, path)
                 session = sessions.enter_context(runtime.open(path))
             except ExportError as error:
-                asked = input_shape or load_model(name).input.shape
+                asked = input_shape or own[name].shape
                 found[name] = Contender(name, asked, (), "", refused=with_hint(error))
                 continue
             path.unlink()  # some are half a gigabyte
@@ -83,8 +85,8 @@ def compare_networks(
             timed[name] = _OwnInput(session, {model.input.name: sample})
         others = environment.OtherLoad()
         latency = _time(timed, runs, progress)
-    networks = (structs.replace(c, latency=latency.get(c.name)) for c in found.values())
-    return Contest(TOOL, RUNTIME, environment.capture(), tuple(networks), others.doubt())
+    measured = (structs.replace(c, latency=latency.get(c.name)) for c in found.values())
+    return Contest(TOOL, RUNTIME, environment.capture(), tuple(measured), others.doubt())
 
 
 def _export(name: str, model: Model, input_shape: tuple[int, ...] | None, path: Path) -> Contender:
@@ -108,11 +110,7 @@ def _export(name: str, model: Model, input_shape: tuple[int, ...] | None, path: 
 
 
 def _module(model: Model) -> tuple[nn.Module, str]:
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        module = model.module()
+    module = from_seed(model.module)
     if model.weights is None:
         return module, INITIALISED
     load_weights(module, model.weights)

@@ -21,24 +21,28 @@ if TYPE_CHECKING:
     from torch import nn
 
     from exporter.contracts import Model
+    from exporter.factories import FactoryModel
 
 
 def count_all(
-    things: Sequence[str],
+    things: Sequence[str | FactoryModel],
     *,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Counted, ...]:
-    """Return what each built-in network or ONNX file costs, a network in each of its forms.
+    """Return what each network or ONNX file costs, a network in each of its forms.
 
     ``input_shape`` is (C, H, W). Raises `UnknownName`, `InputRefused` or `GraphError`.
     """
     found: list[Counted] = []
     for thing in things:
-        if thing in plugins.names("models"):
-            with progress(f"count {thing}", None):
-                found += _network(thing, input_shape, classes)
+        if not isinstance(thing, str) or thing in plugins.names("models"):
+            from exporter.network import Network
+
+            network = Network.choose(thing, {}, input_shape, classes)
+            with progress(f"count {network.name}", None):
+                found += _network(*network, input_shape)
             continue
         path = Path(thing)
         if path.suffix != ".onnx" and not path.exists():
@@ -68,12 +72,9 @@ def _files_in(folder: Path) -> str:
     return f"name its files: {' '.join(files)}" if files else "there is no ONNX file in it"
 
 
-def _network(
-    name: str, input_shape: tuple[int, ...] | None, classes: int | None
-) -> Iterator[Counted]:
+def _network(name: str, model: Model, input_shape: tuple[int, ...] | None) -> Iterator[Counted]:
     from exporter.flops import count_module
 
-    model = plugins.load_model(name, input_shape=input_shape, classes=classes)
     shape = input_shape or model.input.shape
     module, notes = _module(model)
     yield Counted(f"{name} in PyTorch", shape, count_module(module, shape, name=name), notes)

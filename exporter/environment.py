@@ -110,7 +110,10 @@ class OtherLoad:
 
 
 def _processor_seconds() -> tuple[float, float, float] | None:
-    """Return the seconds that all processors were busy and idle, and this process's own."""
+    """Return the seconds that all processors were busy and idle, and this process's own.
+
+    Its own are also those of its children that have ended.
+    """
     try:
         first = Path("/proc/stat").read_text("ascii").splitlines()[0]
         tick = os.sysconf("SC_CLK_TCK")
@@ -118,7 +121,7 @@ def _processor_seconds() -> tuple[float, float, float] | None:
         return None
     user, nice, system, idle, iowait, irq, softirq, steal = map(int, first.split()[1:9])
     busy = user + nice + system + irq + softirq + steal
-    own = sum(os.times()[:2])
+    own = sum(os.times()[:4])
     return busy / tick, (idle + iowait) / tick, own
 
 

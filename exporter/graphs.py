@@ -41,14 +41,11 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
         try:
             if precision.needs_calibration and not statistics:
                 statistics = statistics_of(job, graph)
-            made: Converted | GraphError = convert(
-                name,
-                precision,
-                graph,
-                statistics,
-                job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs,
-                progress=job.stage,
-            )
+            samples = job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs
+            with job.stages.quietly(f"{name}: convert"):
+                made: Converted | GraphError = convert(
+                    name, precision, graph, statistics, samples, progress=job.stage
+                )
         except GraphError as error:
             made = error
         yield name, made
@@ -60,7 +57,7 @@ def statistics_of(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
     inputs = job.calibration.inputs
     with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
         found = calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
-    job.calibrated = convergence(found)
+        job.calibrated = convergence(found)
     return found
 
 

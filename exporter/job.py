@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from exporter import environment, samples
-from exporter.checkpoints import read_checkpoint
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
+from exporter.initial import Initial
+from exporter.network import Network, code_of
 from exporter.parity import collect_outputs
-from exporter.plugins import load_model, load_precision, load_runtime, remedy
+from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import Profile
-from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Source, Stage, TensorSpec
+from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Part, Source, TensorSpec
 from exporter.samples import Samples
-from exporter.weights import Loaded, fit_weights
+from exporter.stages import Stages
+from exporter.weights import Loaded
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
+_UNTRAINED = (
+    "nobody trained the weights ({}): a trained network may lose more, and accuracy says nothing"
+)
+
+
 @dataclass(slots=True)
 class Job:
-    """What was asked for, found possible; and how long each stage of it took.
+    """What was asked for, found possible; and what each stage of it took.
 
     ``calibrated`` is there once a graph was calibrated; ``overlap`` are the calibration samples
     that are among the held-out ones.
@@ -43,7 +48,7 @@ class Job:
     name: str
     model: Model
     module: nn.Module
-    weights: Path
+    weights: str
     loaded: Loaded
     input: TensorSpec
     profile: Profile
@@ -52,8 +57,7 @@ class Job:
     held_out: Samples
     noise: Array
     calibration: Samples | None
-    progress: Progress
-    stages: list[Stage] = field(default_factory=list)
+    stages: Stages
     overlap: tuple[int, ...] = ()
     calibrated: Convergence | None = None
 
@@ -63,10 +67,11 @@ class Job:
         model: str | Model,
         profile: Profile,
         *,
-        weights: Path | None,
+        weights: Path | Initial | None,
         input_shape: tuple[int, ...] | None,
         calibration: Array | Path | None,
         progress: Progress,
+        classes: int | None = None,
         builds: bool = True,
         allow_overlap: bool = False,
     ) -> Job:
@@ -75,22 +80,15 @@ class Job:
         A job that ``builds`` nothing needs no runtime that could. Calibration samples that are
         among those it is judged on are refused unless ``allow_overlap``.
         """
-        name = model if isinstance(model, str) else type(model).__name__.lower()
-        chosen = load_model(model, input_shape=input_shape) if isinstance(model, str) else model
+        stages = Stages(progress)
+        network = Network.choose(model, profile.model.args, input_shape, classes)
+        chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
-        path = weights or chosen.weights
-        if path is None:
-            raise InputRefused(
-                f"{name} ships without weights, and there is nothing to export without",
-                hint="name a file of weights with --weights",
-            )
-        checkpoint = read_checkpoint(path)
-        module = chosen.module()
-        loaded = fit_weights(module, checkpoint)
-        _check_input(module, spec, name)
+        module, origin, loaded = network.build(weights)
+        network.check(module, spec)
         needed = any(precision.needs_calibration for precision in precisions.values())
         held_out = samples.load_split(chosen.data, spec.shape, "held-out")
         calibrating = _calibration(chosen, profile, spec, calibration, needed=needed)
@@ -99,11 +97,12 @@ class Job:
             shared = samples.overlap(calibrating.inputs, held_out.inputs)
             if shared and not allow_overlap:
                 raise _overlapping(calibrating, held_out, shared)
+        stages.name_what_was("look at what was asked for")
         return cls(
-            name=name,
+            name=network.name,
             model=chosen,
             module=module,
-            weights=path,
+            weights=origin,
             loaded=loaded,
             input=spec,
             profile=profile,
@@ -112,17 +111,15 @@ class Job:
             held_out=held_out,
             noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
             calibration=calibrating,
-            progress=progress,
+            stages=stages,
             overlap=shared,
         )
 
-    @contextmanager
-    def stage(self, what: str, total: int | None = None) -> Iterator[Advance]:
-        """Report a stage's progress, and note how long it took."""
-        start = perf_counter()
-        with self.progress(what, total) as advance:
-            yield advance
-        self.stages.append(Stage(what, perf_counter() - start))
+    def stage(
+        self, what: str, total: int | None = None, *, part: Part = "conversion"
+    ) -> AbstractContextManager[Advance]:
+        """Report a stage's progress, and note its time and memory."""
+        return self.stages.announced(what, total, part=part)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -151,7 +148,8 @@ class Job:
         """Return what a session makes of the held-out samples and of the noise, as a stage."""
         size = self.profile.batch.opt
         inputs = (self.held_out.inputs, self.noise)
-        with self.stage(what, sum(-(-len(part) // size) for part in inputs)) as advance:
+        total = sum(-(-len(part) // size) for part in inputs)
+        with self.stage(what, total, part="evidence") as advance:
             held_out, noise = (self.outputs(session, part, advance) for part in inputs)
         return held_out, noise
 
@@ -170,10 +168,11 @@ class Job:
         return torch.from_numpy(self.held_out.inputs[:2])
 
     def doubts(self) -> tuple[str, ...]:
-        """Return the reasons not to trust what was calibrated."""
+        """Return the reasons not to trust what was found: of the weights, and of calibration."""
+        untrained = not self.loaded.format and self.weights.startswith("random")
+        doubts = [_UNTRAINED.format(self.weights)] if untrained else []
         if self.calibration is None or self.calibrated is None:
-            return ()
-        doubts = []
+            return tuple(doubts)
         if (count := len(self.calibration.inputs)) < FEW_IMAGES:
             doubts.append(
                 f"the scales were calibrated on {count} samples, and below {FEW_IMAGES} they "
@@ -195,7 +194,7 @@ class Job:
         """Return the record of what is exported."""
         return Source(
             model=self.name,
-            weights=self.weights.name.encode(errors="replace").decode(),  # names may be any bytes
+            weights=self.weights,
             weights_sha256=self.loaded.sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             input=self.input,
@@ -203,6 +202,7 @@ class Job:
             opset=self.profile.opset,
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
+            factory=code_of(self.model),
         )
 
 
@@ -257,18 +257,3 @@ def _check_memory(spec: TensorSpec, profile: Profile) -> None:
             f"{memory / 1e9:.0f} GB of memory",
             hint="lower --input or parity.random",
         )
-
-
-def _check_input(module: nn.Module, spec: TensorSpec, name: str) -> None:
-    """Raise `InputRefused` unless the network takes the shape; on torch's meta device, for free."""
-    import torch
-
-    shape = " × ".join(map(str, spec.shape))
-    if min(spec.shape) < 1:
-        raise InputRefused(f"{name} cannot take an input of {shape}: every size must be 1 or more")
-    try:
-        with torch.inference_mode():
-            deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputRefused(f"{name} cannot take an input of {shape}: {reason}") from error

@@ -74,12 +74,13 @@ class Truth:
         held_out, noise = job.all_outputs(double, "run PyTorch in float64")
         got = job.all_outputs(single, "run PyTorch in float32")
         short = job.all_outputs(TorchSession.of(folded, output), "run the folded network")
-        parities = (
-            compare_outputs(
-                held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
-            ),
-            compare_outputs(noise, got[1], inputs=job.noise_name),
-        )
+        with job.stages.quietly("judge PyTorch in float32", part="evidence"):
+            parities = (
+                compare_outputs(
+                    held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
+                ),
+                compare_outputs(noise, got[1], inputs=job.noise_name),
+            )
         return cls(held_out, noise, single, parities, got[0], short, folded)
 
     def few(self, held_out: Array, noise: Array) -> Array:
@@ -114,7 +115,8 @@ class Asked:
             if emulator.rounds_to_half:
                 runs += ("rounded",)
             count = -(-(_HELD_OUT + _NOISE) // _AT_ONCE) * len(runs)
-            with job.stage(f"{precision}: emulate the graph asked for", count) as advance:
+            what = f"{precision}: emulate the graph asked for"
+            with job.stage(what, count, part="evidence") as advance:
                 got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
         except GraphError as error:
             return cls(model, None, unseen=str(error))
@@ -193,11 +195,14 @@ class Ladder:
         """
         what = f"{artefact.name}: compare with PyTorch"
         held_out, noise = self.job.all_outputs(session, what)
-        parity = self._parity(artefact, held_out, noise)
         layers, unseen = self._layers(artefact, runtime, path, asked)
-        fidelity = self._fidelity(asked, self.truth.few(held_out, noise), layers, unseen)
-        if fidelity.failures:
-            fidelity = msgspec.structs.replace(fidelity, cause=self._cause(fidelity, path, asked))
+        with self.job.stages.quietly(f"{artefact.name}: judge", part="evidence"):
+            parity = self._parity(artefact, held_out, noise)
+            few = self.truth.few(held_out, noise)
+            fidelity = self._fidelity(asked, few, layers, unseen)
+            if fidelity.failures:
+                cause = self._cause(fidelity, path, asked)
+                fidelity = msgspec.structs.replace(fidelity, cause=cause)
         above = self._above(artefact, is_engine=path.suffix != ".onnx")
         self.outputs[artefact.name] = held_out
         return msgspec.structs.replace(
@@ -259,7 +264,7 @@ class Ladder:
             exposed = Path(folder, path.name)
             onnx.save(expose(onnx.load(path)), exposed)
             with (
-                self.job.stage(f"{artefact.name}: compare every layer"),
+                self.job.stage(f"{artefact.name}: compare every layer", part="evidence"),
                 runtime.open(exposed) as session,
             ):
                 found = {**feed, **session(feed)}

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
 from exporter.graphs import convert_all, export_source
+from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -60,19 +62,21 @@ def run(
     profile: Profile,
     out: Path,
     *,
-    weights: Path | None = None,
+    weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
+    classes: int | None = None,
     calibration: Array | Path | None = None,
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
-    ``model`` is a built-in's name or anything that keeps the contract; ``weights`` replaces its own
-    (see `load_weights`), ``input_shape`` its own (C, H, W), and ``calibration``, (N, C, H, W)
-    float32 or a .npy file of that, the draw from its training samples; samples that the result is
-    judged on are refused there unless ``allow_overlap``. The bundle ``out`` is written whole or not
-    at all.
+    ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
+    ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
+    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number, and
+    ``calibration``, (N, C, H, W) float32 or a .npy file of that, the draw from its training
+    samples; samples that the result is judged on are refused there unless ``allow_overlap``. The
+    bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -85,6 +89,7 @@ def run(
         profile,
         weights=weights,
         input_shape=input_shape,
+        classes=classes,
         calibration=calibration,
         progress=progress,
         allow_overlap=allow_overlap,
@@ -102,6 +107,11 @@ def run(
         bench = _Bench(job, ladder, sessions, timed={PYTORCH: truth.pytorch})
         variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)
+        with job.stages.quietly("write the profile and the plot", part="other"):
+            (folder / "profile.toml").write_text(profile.to_toml(), "utf-8")
+            if job.calibrated:
+                drawn = plots.calibration(job.calibrated)
+                (folder / plots.CALIBRATION).write_text(drawn, "utf-8")
         report = Report(
             schema=SCHEMA,
             tool=TOOL,
@@ -115,14 +125,11 @@ def run(
             variants=variants,
             latency=latency,
             doubts=(*_doubts_of_accuracy(truth), *job.doubts(), *doubts),
-            stages=tuple(job.stages),
+            stages=job.stages.so_far,
             calibrated=job.calibrated,
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
         (folder / "report.md").write_text(markdown.render(report), "utf-8")
-        if report.calibrated:
-            (folder / plots.CALIBRATION).write_text(plots.calibration(report.calibrated), "utf-8")
-        (folder / "profile.toml").write_text(profile.to_toml(), "utf-8")
         write_manifest(folder, tool=TOOL, environment=report.environment)
     return report
 
@@ -132,7 +139,7 @@ def run(
 
 def _check_fold(job: Job, folded: Folded, truth: Truth) -> FoldRecord:
     """Fold again in float64: what is left between the two is rounding, or the fold is wrong."""
-    with job.stage("check the fold in float64"):
+    with job.stage("check the fold in float64", part="evidence"):
         exact = fold_batchnorm(deepcopy(job.module).double(), job.example()).module
         session = TorchSession.of(exact, job.model.output.name, double=True)
         got = job.outputs(session, job.held_out.inputs[:_FOLD_SAMPLES])
@@ -167,18 +174,24 @@ def _variants(
             variants.append(Variant(name, refused=with_hint(made)))
             continue
         path = source.path.with_name(f"{job.name}.{name}.onnx")
-        onnx.save(made.model, path)
+        with job.stages.quietly(f"{name}: write"):
+            onnx.save(made.model, path)
+            file = File.of(path, path.parent)
+        with job.stages.quietly(f"{name}: count its cost", part="evidence"):
+            cost = count_flops(made.model)
         model = source._replace(path=path, precision=name)
         asked = bench.ladder.ask(made.model, name)
         artefacts = tuple(bench.judge(model, asked, *runtime) for runtime in job.runtimes.items())
+        with job.stages.quietly(f"{name}: what each layer loses", part="evidence"):
+            losses = bench.ladder.losses(asked, made)
         variants.append(
             Variant(
                 precision=name,
-                file=File.of(path, path.parent),
-                cost=count_flops(made.model),
+                file=file,
+                cost=cost,
                 notes=made.notes,
                 artefacts=artefacts,
-                losses=bench.ladder.losses(asked, made),
+                losses=losses,
                 repairs=made.repairs,
                 tensors=made.tensors,
             )
@@ -205,7 +218,7 @@ class _Bench:
         artefact = Artefact(model.precision, name, None, targets=getattr(runtime, "targets", ()))
         start = perf_counter()
         try:
-            with self.job.stage(f"{artefact.name}: build"):
+            with self.job.stage(f"{artefact.name}: build", part="engines"):
                 path = runtime.build(model, folder)
         except BuildError as error:
             return msgspec.structs.replace(artefact, refused=with_hint(error))
@@ -217,11 +230,13 @@ class _Bench:
             not_run=runtime.missing("run"),
         )
         try:
-            execution = runtime.executed(model, path)
+            with self.job.stages.quietly(f"{artefact.name}: ask what ran in what", part="evidence"):
+                execution = runtime.executed(model, path)
             artefact = msgspec.structs.replace(artefact, execution=execution)
             if artefact.not_run:
                 return artefact
-            session = self.open_sessions.enter_context(runtime.open(path))
+            with self.job.stages.quietly(f"{artefact.name}: load", part="evidence"):
+                session = self.open_sessions.enter_context(runtime.open(path))
             judged = self.ladder.judge(artefact, runtime, path, session, asked)
         except ExportError as error:
             return msgspec.structs.replace(artefact, refused=with_hint(error))
@@ -237,5 +252,5 @@ def _time(job: Job, timed: Mapping[str, Session]) -> tuple[tuple[Latency, ...], 
     timing = job.profile.timing
     batches = {size: job.timed_feeds(size) for size in timing.batches}
     others = environment.OtherLoad()
-    latency = measure_latency(timed, batches, timing, progress=job.stage)
+    latency = measure_latency(timed, batches, timing, progress=partial(job.stage, part="latency"))
     return latency, (*others.doubt(), *(why for found in latency for why in found.doubts))

@@ -3,14 +3,21 @@
 Each such file defines one frozen `Plugin` and binds it to ``PLUGIN``: its fields are the keys a
 profile may set, its methods are the axis's contract, and its docstring's first line describes it.
 Files that start with an underscore are helpers, not plug-ins.
+
+A file in ``exporter/models`` may be a family instead: it binds to ``FAMILY`` one `Plugin` for each
+network's name, whose values are what is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, TypeAlias, cast
+
+from msgspec import structs
 
 from exporter.contracts import Model, Plugin, Precision, Runtime
 from exporter.errors import InputRefused, UnknownName
@@ -21,26 +28,37 @@ Options: TypeAlias = Mapping[str, Any]
 
 
 def names(axis: Axis) -> tuple[str, ...]:
-    """Return the plug-ins in a folder, without importing any of them."""
-    folder = import_module(f"exporter.{axis}").__path__
-    found = (module.name for module in iter_modules(folder))
-    return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
+    """Return the plug-ins in a folder; of the networks alone, which are light, any is imported."""
+    return tuple(sorted(_files(axis)))
 
 
 def load_model(
-    name: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None
+    name: str,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    classes: int | None = None,
+    args: Options = MappingProxyType({}),
 ) -> Model:
-    """Return the model ``models/<name>.py``, for as many input channels and classes where it can.
+    """Return the built-in network of a name, for as many input channels and classes where it can.
 
-    Raises `UnknownName`, and `InputRefused` where it cannot give so many classes.
+    ``args`` are its fields' values, by name. Raises `UnknownName`; `ProfileError` for a field that
+    it has not, or a value that it cannot have; and `InputRefused` where it cannot give so many
+    classes, or ``args`` ask for others.
     """
     fields = options_of("models", name)
-    options: dict[str, int] = {}
-    if input_shape and "channels" in fields:
-        options["channels"] = input_shape[0]
-    if classes is not None and "classes" in fields:
-        options["classes"] = classes
-    model = cast("Model", _load("models", name, options, where=name))
+    asked = {"channels": input_shape[0] if input_shape else None, "classes": classes}
+    options = dict(args)
+    for field, value in asked.items():
+        if value is None or field not in fields:
+            continue
+        if args.get(field, value) != value:
+            raise InputRefused(
+                f"{name} is asked for {value} {field}, and model.args.{field} is {args[field]!r}"
+            )
+        options[field] = value
+    model = cast(
+        "Model", _load("models", name, options, where=f"{name}: model.args" if args else name)
+    )
     if classes is not None and model.output.shape != (classes,):
         has = " × ".join(map(str, model.output.shape))
         raise InputRefused(f"{name} has {has} outputs, and cannot have {classes}")
@@ -75,12 +93,41 @@ def remedy(runtime: str, reason: str) -> str:
     return f"pip install 'resnet-export[{runtime}]', or choose another profile"
 
 
+@cache
+def _files(axis: Axis) -> Mapping[str, str]:
+    """Return the file of each plug-in, by the plug-in's name."""
+    folder = import_module(f"exporter.{axis}").__path__
+    files = [found.name for found in iter_modules(folder) if not found.name.startswith("_")]
+    return {name: file for file in files for name in _names_in(axis, file)}
+
+
+def _names_in(axis: Axis, file: str) -> Iterable[str]:
+    """Return the names of a family's members, or the one that a file's own name says."""
+    family = getattr(_file(axis, file), "FAMILY", None) if axis == "models" else None
+    return family or (file.replace("_", "-"),)
+
+
+def _file(axis: Axis, file: str) -> ModuleType:
+    return import_module(f"exporter.{axis}.{file}")
+
+
+def _bound(axis: Axis, name: str) -> Plugin | type[Plugin]:
+    """Return the plug-in that a file binds, or the member of its family."""
+    files = _files(axis)
+    if name not in files:
+        raise UnknownName(axis.removesuffix("s"), name, files)
+    file = _file(axis, files[name])
+    family = getattr(file, "FAMILY", None)
+    return cast("Plugin | type[Plugin]", family[name] if family else file.PLUGIN)
+
+
 def _plugin(axis: Axis, name: str) -> type[Plugin]:
-    if name not in names(axis):
-        raise UnknownName(axis.removesuffix("s"), name, names(axis))
-    module = import_module(f"exporter.{axis}.{name.replace('-', '_')}")
-    return cast("type[Plugin]", module.PLUGIN)
+    bound = _bound(axis, name)
+    return bound if isinstance(bound, type) else type(bound)
 
 
 def _load(axis: Axis, name: str, options: Options, *, where: str) -> Plugin:
+    bound = _bound(axis, name)
+    if not isinstance(bound, type):
+        options = {**structs.asdict(bound), **options}
     return read(_plugin(axis, name), options, where=where)

@@ -46,6 +46,12 @@ class PrecisionChoice(Asked, frozen=True):
     options: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
 
+class ModelChoice(Asked, frozen=True, omit_defaults=True):
+    """How the network is built that is named elsewhere: keyword arguments, and nothing else."""
+
+    args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+
+
 class Profile(Asked, frozen=True):
     """Where a model will run, and what is good enough there. Read one with `load_profile`."""
 
@@ -57,6 +63,7 @@ class Profile(Asked, frozen=True):
     parity: ParityInputs = ParityInputs()
     calibration: Calibration = Calibration()
     opset: int = 20
+    model: ModelChoice = ModelChoice()
 
     RANGES: ClassVar[Ranges] = {"opset": Range(OPSETS[0], OPSETS[-1])}
 
@@ -127,6 +134,7 @@ def read_profile(table: Mapping[str, Any], *, where: str) -> Profile:
 
     Raises `ProfileError` or `UnknownName`; no framework is imported.
     """
+    _check_names_no_code(table, where)
     choices = {
         name: read(PrecisionChoice, choice, where=f"{where}: precision.{name}")
         for name, choice in _tables(table, "precision", where)
@@ -176,6 +184,18 @@ def _parse(source: Traversable, where: str) -> dict[str, Any]:
 def _is_special(path: Path) -> bool:
     """Return whether a path is what reading would wait for, or never come to the end of."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
+    """Raise `ProfileError` if a profile says which network to build, and so which code to run."""
+    found = table.get("model", {})
+    others = [key for key in found if key != "args"] if isinstance(found, dict) else [found]
+    if others:
+        raise ProfileError(
+            f"{where}: model: a profile says how a network is built, in [model.args], and never "
+            f"which or by what code, found {shown(others[0])}",
+            hint="name the network on the command line, with --model",
+        )
 
 
 def _tables(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:

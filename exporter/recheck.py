@@ -20,8 +20,10 @@ from exporter.bundle import extended_bundle
 from exporter.contracts import Converted, Model, Progress, Session, silent
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
+from exporter.factories import FactoryModel, load_factory
 from exporter.fold import fold_batchnorm
 from exporter.graphs import convert_all, export_source
+from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.onnx_files import check_onnx
@@ -40,7 +42,7 @@ def check_bundle(
     folder: Path,
     *,
     model: Model | None = None,
-    weights: Path | None = None,
+    weights: Path | Initial | None = None,
     calibration: Array | Path | None = None,
     allow_overlap: bool = False,
     search: Search | None = None,
@@ -49,20 +51,28 @@ def check_bundle(
     """Return the bundle's report with parity and fidelity measured anew.
 
     ``model``, ``weights``, ``calibration`` and ``allow_overlap`` are what the bundle was exported
-    with, where they were not the built-in ones. The result has no latencies. Nothing is written,
-    but that with ``search`` the worst inputs found for each artefact go into the bundle, as
-    ``worst-case/<artefact>.npy``, and what they show into ``worst-case/record.json``.
+    with, where they were not the built-in ones; code that made the network is never taken from the
+    bundle. The result has no latencies. Nothing is written, but that with ``search`` the worst
+    inputs found for each artefact go into the bundle, as ``worst-case/<artefact>.npy``, and what
+    they show into ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
     another interface fails its artefact alone.
     """
     manifest, before = read_bundle(folder)
+    if before.source.factory and model is None:
+        raise InputRefused(
+            f"the bundle's network was made by {before.source.factory}, and a bundle's word does "
+            "not run code",
+            hint="name the factory with --model, as package.module:factory or file.py:factory",
+        )
     job = Job.resolve(
         model or before.source.model,
         load_profile(folder / "profile.toml"),
         weights=weights,
         input_shape=before.source.input.shape,
+        classes=before.source.output.shape[0] if before.source.output.shape else None,
         calibration=calibration,
         progress=progress,
         builds=False,
@@ -98,10 +108,20 @@ def check_bundle(
                 if file.name not in intact
             ),
         ),
-        stages=tuple(job.stages),
+        stages=job.stages.so_far,
         calibrated=job.calibrated,
         worst_cases=tuple(found.record for found in bundle.found),
     )
+
+
+def load_factory_of(folder: Path, code: str) -> FactoryModel:
+    """Return a factory's network as a bundle has it: of its input, with its profile's arguments.
+
+    Raises as `read_bundle`, `load_profile` and `load_factory`.
+    """
+    _, before = read_bundle(folder)
+    profile = load_profile(folder / "profile.toml")
+    return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
 
 
 def _check_sources(job: Job, before: Report) -> None:
@@ -110,8 +130,8 @@ def _check_sources(job: Job, before: Report) -> None:
     if wanted != found:
         raise InputRefused(
             f"the bundle was made from weights {before.source.weights!r} of SHA-256 "
-            f"{wanted[:12]}…, and {job.weights.name!r} has {found[:12]}…",
-            hint="give the same file with --weights",
+            f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
+            hint="give the same with --weights",
         )
     calibrated = job.calibration.origin if job.calibration else "nothing"
     wanted = before.calibration or "nothing"
@@ -210,7 +230,8 @@ def _search(
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
     truth = TorchSession.of(job.module, job.model.output.name, double=True)
-    with job.stage(f"{artefact.name}: search the worst case", search.steps) as advance:
+    what = f"{artefact.name}: search the worst case"
+    with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(
             artefact.name,
             reference=source,

@@ -55,19 +55,20 @@ def digits(shape: tuple[int, ...], split: Split) -> Samples:
     return Samples(((large - MEAN) / STD).numpy(), bunch.target[chosen].astype(np.int64), origin)
 
 
-def rgb_digits(shape: tuple[int, ...], split: Split) -> Samples:
-    """Return one split of the digits as colour pictures, grey ones: ``shape`` = (3, H, W).
-
-    Raises `InputRefused` for another number of channels.
-    """
+def repeated_digits(shape: tuple[int, ...], split: Split) -> Samples:
+    """Return one split of the digits with every channel the same, for ``shape`` = (C, H, W)."""
     channels, *size = shape
-    if channels != 3:
-        raise InputRefused(f"colour pictures have 3 channels, and the input asks for {channels}")
     grey = digits((1, *size), split)
-    return Samples(grey.inputs.repeat(3, axis=1), grey.labels, f"{grey.origin} in three channels")
+    origin = f"{grey.origin} in {channels} channels"
+    return Samples(grey.inputs.repeat(channels, axis=1), grey.labels, origin)
 
 
-SPLITS = {"digits": digits, "rgb-digits": rgb_digits}
+def fitting(channels: int) -> str:
+    """Return the name of the samples for a network that takes so many channels, and has none."""
+    return "digits" if channels == 1 else "repeated-digits"
+
+
+SPLITS = {"digits": digits, "repeated-digits": repeated_digits}
 
 
 def load_split(data: str, shape: tuple[int, ...], split: Split) -> Samples:

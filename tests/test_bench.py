@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from conftest import refused
+from matplotlib.collections import PathCollection
 
 import exporter
 from exporter import environment
@@ -34,7 +37,7 @@ from exporter.records import (
     Timed,
     Timing,
 )
-from exporter.renderers import benching, record
+from exporter.renderers import benching, record, throughput
 from exporter.runtimes import _ort
 from exporter.runtimes._cuda import missing_gpu
 from exporter.runtimes.tensorrt_rtx import TensorRtRtx
@@ -299,6 +302,56 @@ def test_a_budget_is_not_answered_with_fewer_samples_than_a_p90_needs():
     assert "takes 4 samples more, as a p90 needs 64" in "\n".join(benching.said(report))
 
 
+# ── The picture ─────────────────────────────────────────────────────────────────────
+
+
+def curves(axes) -> list[list[tuple[float, float]]]:
+    return [list(zip(*line[0].get_data(), strict=True)) for line in axes.containers]
+
+
+def marks(axes) -> list[list[tuple[float, float]]]:
+    """Return the points of every set of empty marks, in the order that they are drawn in."""
+    found = [one for one in axes.collections if isinstance(one, PathCollection)]
+    return [[tuple(map(float, point)) for point in one.get_offsets()] for one in found]
+
+
+def test_throughput_is_drawn_with_the_knee_and_the_budget():
+    """Images/s 100, 200, 200 at 10, 20 and 40 ms; one in eight of the times is a tenth more."""
+    report = simulated({1: 10.0, 4: 20.0, 8: 40.0}, budget=30.0, high=1.1)
+    rates, p90s = throughput.draw(report).axes
+    assert curves(rates) == [[(1, 100), (4, 200), (8, 200)]]
+    assert marks(rates) == [[(4, 200)], [(4, 200)]]
+    assert curves(p90s) == [[(1, 11), (4, 22), (8, 44)]]
+    assert marks(p90s) == [[(4, 22)]]
+    (limit,) = (line for line in p90s.lines if line.get_label() == "budget: 30 ms")
+    assert list(limit.get_ydata()) == [30, 30]
+    texts = throughput.render(report)
+    assert all(word in texts for word in ("knee", "largest batch within the budget", ">A<"))
+
+
+def test_without_a_budget_there_is_no_line_of_one():
+    (rates,) = throughput.draw(simulated({1: 10.0, 4: 20.0})).axes
+    assert curves(rates) == [[(1, 100), (4, 200)]]
+    assert marks(rates) == []  # it still rises: no knee
+
+
+def test_bars_of_the_picture_are_intervals_of_the_figures():
+    times = tuple(10.0 + at % 5 for at in range(100))
+    report = simulated({1: 10.0, 4: 20.0})
+    own = (Latency("A", 1, 1, 5, times), Latency("A", 4, 1, 5, (20.0,) * 100))
+    first, second = throughput.rates(msgspec.structs.replace(report, latency=own), "A")
+    fast, slow = own[0].figure(50.0).interval
+    assert (first.value, first.low, first.high) == (1e3 / 12, 1e3 / slow, 1e3 / fast)
+    assert first.low < first.value < first.high
+    assert (second.value, second.low, second.high) == (200, 200, 200)
+
+
+def test_a_p90_that_the_samples_do_not_support_is_not_drawn():
+    report = simulated({1: 10.0, 4: 20.0}, runs=60, budget=30.0)
+    assert throughput.p90s(report, "A") == []
+    assert throughput.render(report) == throughput.render(report)
+
+
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
@@ -350,7 +403,7 @@ def test_checks_that_were_not_made_are_no_verdict():
 
 @pytest.fixture
 def command(tiny_model, monkeypatch):
-    monkeypatch.setattr(candidates, "load_model", lambda name: tiny_model)
+    monkeypatch.setattr(candidates, "load_model", lambda name, **_: tiny_model)
     monkeypatch.setattr("exporter.bench.Timing", lambda **how: Timing(**how, settle_ms=0, warmup=1))
 
     def run(*args: str | Path):
@@ -371,6 +424,18 @@ def test_the_command_prints_json_and_writes_what_it_prints(bundle, command, tmp_
     assert found["comparisons"][0]["baseline"] == "fp32 on ort-cpu"
     assert (out / "bench.md").read_text("utf-8").startswith("# Bench: PASS\n")
     assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md"]
+
+
+def test_several_batch_sizes_are_drawn_and_no_picture_of_other_figures_stays(
+    bundle, command, tmp_path
+):
+    asked = (bundle, "--runtime", "ort-cpu", "--runs", "2", "--out", tmp_path)
+    assert command(*asked, "--batch", "1,2", "--budget", "5").exit_code == 0
+    assert "<svg" in (tmp_path / "throughput.svg").read_text("utf-8")
+    assert "is in throughput.svg" in (tmp_path / "bench.md").read_text("utf-8")
+    assert command(*asked, "--batch", "1").exit_code == 0
+    assert not (tmp_path / "throughput.svg").exists()
+    assert "throughput.svg" not in (tmp_path / "bench.md").read_text("utf-8")
 
 
 def test_the_command_shows_the_tables_and_ends_with_one_where_it_was_not_real(
@@ -515,3 +580,11 @@ def test_this_machine_says_what_it_is():
     assert found["governor"]
     assert usable_cores() >= 1
     assert load_runtime("ort-cpu", {}).threads == 0
+
+
+@pytest.mark.skipif(environment._processor_seconds() is None, reason="this system tells no times")
+def test_what_a_child_took_is_no_other_process_load():
+    before = environment._processor_seconds()
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert environment._processor_seconds()[2] - before[2] >= 0.4

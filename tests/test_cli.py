@@ -71,7 +71,7 @@ def test_the_main_job_ends_well_and_says_where_the_report_lies(exported):
 def test_the_table_has_each_artefact_with_size_verdict_and_latency(exported):
     done, _ = exported
     for precision in ("fp32", "fp16", "int8"):
-        line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu"))
+        line = next(x for x in done.stdout.splitlines() if x.startswith(f"{precision} on ort-cpu "))
         assert re.search(
             r"[\d.]+ MB +pass +pass +[\d.]+ dB +[\d.]+% +[\d.]+% +[\d.]+ ms +[\d.]+ ×", line
         ), line
@@ -107,8 +107,16 @@ def test_the_readme_shows_what_the_command_prints(exported):
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(exported):
     done, _ = exported
-    assert "run PyTorch in float64" in done.stderr
-    assert "run PyTorch in float64" not in done.stdout
+    told = re.compile(r"^ *[\d.]+ s  run PyTorch in float64$", re.MULTILINE)
+    assert told.search(done.stderr)
+    assert not told.search(done.stdout)
+
+
+def test_where_the_time_went_is_on_the_terminal(exported):
+    done, _ = exported
+    assert re.search(r"^stage +for +time +share +peak memory$", done.stdout, re.MULTILINE)
+    assert re.search(r"run PyTorch in float64 +evidence +[\d.]+ s +[\d.]+% +[\d,]+ MB", done.stdout)
+    assert re.search(r"[\d.]+ s in all: conversion [\d.]+ s, engines [\d.]+ s, ", done.stdout)
 
 
 def test_the_report_counts_what_the_document_counts(exported):
@@ -236,7 +244,13 @@ def files(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18'?"),
+        ("--model resnet81", 2, "no model named 'resnet81'\nHint: did you mean 'resnet18', "),
+        ("--model resnet50", 3, "resnet50 ships without weights, and there is nothing to export without\nHint: name a file of weights with --weights; --weights random takes untrained ones"),
+        ("--model {files}/none.py:make", 3, "none.py: no such file"),
+        ("--weights factory", 3, "resnet18 is built in, so that no factory made weights"),
+        ("--classes 5", 3, "resnet18 has 10 outputs, and cannot have 5"),
+        ("--set model.factory=net.py:make", 2, "never which or by what code, found 'factory'\nHint: name the network on the command line"),
+        ("--set model.args.depth=5", 2, "resnet18: model.args: unknown key 'depth'"),
         ("-p int4", 2, "no table [precision.int4], so nothing says what is good enough for it\nHint: did you mean 'int8'?"),
         ("--profile defualt", 2, "no profile named 'defualt'\nHint: did you mean 'default'?"),
         ("--profile {files}/none.toml", 2, "none.toml: no such file"),

@@ -420,6 +420,19 @@ def test_a_gather_counts_from_either_end(axis, indices):
     check("Gather", P, indices, axis=axis)
 
 
+@pytest.mark.parametrize(
+    ("indices", "shared"),
+    [
+        (np.array([[0, -1], [1, 1]]), 0),
+        (np.array([[[0, 1, -1]], [[1, 0, 2]]]), 0),
+        (np.array([[1], [-1]]), 1),
+        (np.array([[[0, 1]], [[2, -1]]]), 1),
+    ],
+)
+def test_a_gather_of_places_counts_from_either_end(indices, shared):
+    check("GatherND", P, indices, batch_dims=shared)
+
+
 @pytest.mark.parametrize("shape", [(0, -1), (0, 0, 20), (-1,), (5, 0, -1), (2, 60)])
 def test_a_reshape_keeps_and_infers_sizes(shape):
     check("Reshape", P, whole(*shape))

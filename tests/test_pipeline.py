@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import msgspec
 import numpy as np
@@ -153,6 +154,23 @@ def test_one_precision_alone_leaves_no_other_behind(tiny_model, quick_profile, t
     report = exporter.run(tiny_model, quick_profile.only(("fp16",)), tmp_path / "out")
     assert [variant.precision for variant in report.variants] == ["fp16"]
     assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["tinymodel.fp16.onnx"]
+
+
+def test_the_stages_take_the_time_of_the_run_and_the_table_shows_each(
+    tiny_model, quick_profile, tmp_path
+):
+    start = perf_counter()
+    report = exporter.run(tiny_model, quick_profile.only(("int8",)), tmp_path / "out")
+    wall = perf_counter() - start
+    assert 0.8 * wall < report.seconds <= wall  # all but the writing of the report
+    assert sum(report.seconds_by_part.values()) == pytest.approx(report.seconds)
+    names = {stage.name: stage.part for stage in report.stages}
+    assert names["fold BatchNorm"] == names["int8: convert"] == "conversion"
+    assert names["int8 on ort-cpu: compare with PyTorch"] == "evidence"
+    assert names["time 2 candidates at batch 1"] == "latency"
+    assert all(stage.peak_bytes > 100e6 for stage in report.stages)  # PyTorch alone takes that
+    text = (tmp_path / "out/report.md").read_text("utf-8")
+    assert all(f"| {name} |" in text for name in names)
 
 
 def test_calibration_uses_the_given_samples(tiny_model, quick_profile, tmp_path):

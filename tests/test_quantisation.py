@@ -266,6 +266,30 @@ def test_the_columns_are_what_the_weights_are_multiplied_with(attributes, option
     torch.testing.assert_close(got.sort(dim=1).values, want.sort(dim=1).values)
 
 
+@pytest.mark.parametrize(
+    ("zero", "groups", "pads"),
+    [
+        (0, 1, [1, 1, 1, 1]),
+        (128, 1, [1, 1, 1, 1]),
+        (-77, 2, [1, 0, 0, 1]),
+        (torch.tensor([5, -300, 128, 41]), 1, [0] * 4),
+        (torch.tensor([5, -300, 128, 41]), 2, [0] * 4),
+    ],
+    ids=["signed", "unsigned", "padded and grouped", "by channel", "by channel and grouped"],
+)
+def test_whole_numbers_off_zero_are_rounded_for_as_floats_are(zero, groups, pads):
+    """Sums of products of whole numbers this small are exact in float32 too."""
+    generator = torch.Generator().manual_seed(3)
+    step = a_step(group=groups, pads=pads)
+    q = torch.randint(-128, 128, (3, 4, 6, 6), generator=generator).float()
+    x = q + (zero.reshape(-1, 1, 1) if isinstance(zero, torch.Tensor) else zero)
+    weights = torch.randn(6, 4 // groups, 2, 2, generator=generator)
+    scales = weight_scales(weights) * 8  # 16 levels: rounding matters
+    whole = second_order(step, weights, scales, x, steps=Steps(1.0, zero))
+    assert torch.equal(whole, second_order(step, weights, scales, x))
+    assert not torch.equal(whole, nearest(weights, scales))
+
+
 def test_the_columns_of_a_depthwise_convolution_are_its_channels():
     x = torch.randn(2, 4, 6, 6)
     weights = torch.randn(4, 1, 3, 3)
@@ -334,6 +358,19 @@ def test_auto_is_closer_than_plain_maxima_and_says_what_each_step_brought(case):
     kept = [step.sqnr_db for step in made.repairs if step.kept]
     assert kept == sorted(kept)
     assert kept[-1] == pytest.approx(after, abs=4)  # 16 samples against 200
+
+
+def test_a_pool_that_puts_the_samples_axis_last_is_repaired_around(tmp_path):
+    """As torch.onnx writes an average to more places than there are, by Transpose and GatherND."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(16 * 49, 10)]
+    module = alive(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.MaxPool2d(2), *head))
+    model = exported(module, tmp_path / "net.onnx")
+    assert "GatherND" in {node.op_type for node in model.graph.node}
+    want = float64(module, HELD_OUT)
+    assert sqnr(want, emulated(model, HELD_OUT)) > 110
+    plain = sqnr(want, emulated(convert(model, **PLAIN).model, HELD_OUT))
+    assert sqnr(want, emulated(convert(model).model, HELD_OUT)) > plain > 20
 
 
 def test_badly_scaled_channels_are_repaired(plain, tmp_path):

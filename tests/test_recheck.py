@@ -461,7 +461,7 @@ def test_a_runtime_that_is_not_here_is_not_checked(check, copied, monkeypatch):
 @pytest.fixture
 def command(check, weights, monkeypatch, tmp_path):
     """``resnet-export parity``, with the tiny network among the built-in ones."""
-    monkeypatch.setattr("exporter.job.load_model", lambda name, **_: TinyModel())
+    monkeypatch.setattr("exporter.network.load_model", lambda name, **_: TinyModel())
     np.save(tmp_path / "mine.npy", IMAGES)
 
     def run(folder: Path, *more: str):

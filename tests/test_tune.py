@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 import exporter
-from exporter import job, plugins
+from exporter import network, plugins
 from exporter.cli import main
 from exporter.contracts import Converted, Plugin
 from exporter.errors import (
@@ -539,7 +539,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(search, tm
 @pytest.fixture
 def command(planted, tiny_model, weights, monkeypatch):
     """Call the command on the tiny network, under the built-in's name."""
-    monkeypatch.setattr(job, "load_model", lambda name, **_: tiny_model)
+    monkeypatch.setattr(network, "load_model", lambda name, **_: tiny_model)
 
     def called(*args: str) -> Any:
         settings = [part for k, v in QUICK.items() for part in ("--set", f"{k}={v}")]

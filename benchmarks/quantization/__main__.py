@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from pathlib import Path
+
+import keep
 
 from exporter.environment import capture
 from quantization import ours, peers
@@ -14,7 +14,6 @@ from quantization.compare import Few, Peer, Race, Versus, judge_peers, race, ver
 from quantization.networks import RECIPES, load
 from quantization.table import Result, as_json, as_markdown
 
-RESULTS = Path(__file__).parents[1] / "results"
 QUICK_NETS = ("r64", "mb64")
 QUICK_PEERS = ("ort-minmax-in+add", "ort-percentile-in+add", "modelopt-max", "modelopt-entropy")
 RIVAL = "modelopt-entropy"  # what our wall time is held against
@@ -49,14 +48,10 @@ def main() -> None:
             few.extend(found)
         if asked.rounds:
             races.append(race(network, ours.RECIPE, RIVAL, rounds=asked.rounds))
-    today = datetime.now(UTC).date().isoformat()
     options = {setting.name: setting.options for setting in ours.SETTINGS}
     measured = (tuple(rows), tuple(theirs), tuple(few), tuple(races))
-    result = Result(today, capture(), versions, options, *measured)
-    print(as_markdown(result))
-    if asked.write:
-        (RESULTS / f"{today}-quantization.md").write_text(as_markdown(result), "utf-8")
-        (RESULTS / f"{today}-quantization.json").write_text(as_json(result), "utf-8")
+    result = Result(keep.today(), capture(), versions, options, *measured)
+    keep.keep("quantization", as_markdown(result), as_json(result), asked)
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="rounds of timing against ModelOpt")
     parser.add_argument("--no-builds", action="store_true", help="leave TensorRT-RTX out")
     parser.add_argument("--quick", action="store_true", help="two networks, four peers, no builds")
-    parser.add_argument("--write", action="store_true", help="keep the result, dated, in results/")
+    keep.add_options(parser)
     return parser.parse_args()
 
 

@@ -41,7 +41,7 @@ SETTINGS = (
 )
 _CODE = (
     *("quantisation/*.py", "precisions/*.py", "calibration/*.py", "emulation/*.py"),
-    *("calibrators.py", "digests.py", "onnx_edits.py"),
+    *("calibrators.py", "digests.py", "onnx_edits.py", "steps.py"),
 )
 RECIPE = SETTINGS[0]  # the one that is timed, and that is tried with few images
 

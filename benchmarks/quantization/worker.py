@@ -1,11 +1,12 @@
 """Runs in the peers' own environment: one tool, one setting, one network.
 
     python worker.py quantise SETTING fp32.onnx calibration.npy out [THREADS]
+    python worker.py halve fp32.onnx out.onnx [THREADS]
     python worker.py evaluate model.xml inputs.npy logits.npy
     python worker.py versions
 
-What it says is one line of JSON, the last on stdout: the seconds that quantising took, calibration
-included and imports not; or the tools' versions. It imports nothing of this project.
+What it says is one line of JSON, the last on stdout: the seconds that quantising or halving took,
+calibration included and imports not; or the tools' versions. It imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -202,6 +203,17 @@ SETTINGS: dict[str, Quantise] = {
 }
 
 
+def halve(source: Path, out: Path) -> None:
+    """Write the graph in FP16 where ModelOpt's AutoCast finds that it can be, by its defaults."""
+    import onnx
+    from modelopt.onnx.autocast import convert_to_mixed_precision
+
+    made = convert_to_mixed_precision(
+        onnx_path=str(source), low_precision_type="fp16", keep_io_types=True
+    )
+    onnx.save(made, out)
+
+
 def evaluate(model: Path, inputs: Any) -> Any:
     """Return the logits of an OpenVINO model, whatever is not INT8 computed in FP32."""
     import openvino as ov
@@ -217,6 +229,12 @@ def main(arguments: list[str]) -> dict[str, Any]:
         case ["evaluate", model, inputs, out]:
             np.save(out, evaluate(Path(model), np.load(inputs)))
             return {}
+        case ["halve", source, out, *threads]:
+            warm_up("modelopt", int(*threads) if threads else 0)
+            import_module("modelopt.onnx.autocast")
+            began = perf_counter()
+            halve(Path(source), Path(out))
+            return {"seconds": perf_counter() - began}
         case ["quantise", setting, source, calibration, out, *threads]:
             images = np.load(calibration)
             warm_up(setting, int(*threads) if threads else 0)

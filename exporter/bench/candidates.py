@@ -46,9 +46,17 @@ class Bundle:
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
-        data = (model or load_model(report.source.model)).data
-        held_out = samples.load_split(data, report.source.input.shape, "held-out")
+        shape = report.source.input.shape
+        held_out = samples.load_split(_data(report, model), shape, "held-out")
         return cls(label, folder, manifest, report, profile, held_out)
+
+
+def _data(report: Report, model: Model | None) -> str:
+    """Return the name of the network's samples; code that made it is not needed for that."""
+    shape = report.source.input.shape
+    if model is None and report.source.factory:
+        return samples.fitting(shape[0])
+    return (model or load_model(report.source.model, input_shape=shape)).data
 
 
 class Candidate(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from exporter.claims.verdicts import of_parts, rounds_to
 from exporter.flops import count_module
 from exporter.models.resnet18 import ResNet18
-from exporter.models.vgg16 import Vgg16
+from exporter.models.vgg import Vgg
 from exporter.records import Claim, Cost
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Network(NamedTuple):
 
 def check() -> tuple[Claim, ...]:
     """Return the claims with their verdicts."""
-    vgg, averaged = Network.of(Vgg16()), Network.of(Vgg16(head="average"))
+    vgg, averaged = Network.of(Vgg()), Network.of(Vgg(head="average"))
     resnet = Network.of(ResNet18())
     return (
         _arithmetic(vgg),

@@ -22,7 +22,7 @@ from exporter.contracts import Advance
 from exporter.models._residual import Residual
 from exporter.models._vgg import vgg_network
 from exporter.models.resnet18 import ResNet18
-from exporter.models.vgg19 import Vgg19
+from exporter.models.vgg import FAMILY
 from exporter.records import Claim, Gradients
 from exporter.samples import load_split
 
@@ -137,7 +137,8 @@ def _kept(left: float) -> bool:
 
 
 def _vgg19() -> nn.Module:
-    return vgg_network(Vgg19.stages, channels=1, classes=10, head="linear", grid=SIZE // 32)
+    stages = FAMILY["vgg19"].stages
+    return vgg_network(stages, channels=1, classes=10, grid=SIZE // 32)
 
 
 def _he(scale: float = 1.0) -> nn.Module:

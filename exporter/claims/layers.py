@@ -8,7 +8,7 @@ from exporter.claims.verdicts import of_parts
 from exporter.flops import count_module
 from exporter.fold import fold_batchnorm
 from exporter.models.resnet18 import ResNet18
-from exporter.models.vgg16 import Vgg16
+from exporter.models.vgg import Vgg
 from exporter.records import Claim
 from exporter.weights import load_weights
 
@@ -29,13 +29,15 @@ def check() -> tuple[Claim, ...]:
 
 def _sizes() -> Claim:
     import torch
+    from torch import nn
 
     resnet = ResNet18().module()
     with torch.no_grad():
         outputs = [tuple(resnet(torch.zeros(1, 1, *size)).shape) for size in _SIZES]
     with torch.device("meta"):
-        heads = Vgg16(channels=1), Vgg16(channels=1, head="average")
-        linear, averaged = ([_takes(m.module(), size) for size in _SIZES] for m in heads)
+        plain, pooled = Vgg(channels=1).module(), Vgg(channels=1, head="average").module()
+        plain.avgpool = nn.Identity()  # which torchvision puts in front of the linear layers
+        linear, averaged = ([_takes(m, size) for size in _SIZES] for m in (plain, pooled))
     said = ", ".join("×".join(map(str, size)) for size in _SIZES)
     return Claim(
         "adaptive average pooling gives outputs of one size for inputs of any size",

@@ -57,7 +57,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="A folder to write bench.json and bench.md into.",
+    help="A folder to write bench.json, bench.md and throughput.svg into.",
 )
 @click.pass_context
 def bench(

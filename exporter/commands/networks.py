@@ -7,21 +7,18 @@ from typing import Any
 
 import click
 
-from exporter.commands.options import input_option
+from exporter.commands.options import classes_option, input_option, network_of
 from exporter.errors import OutputError
 
 _json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the record as JSON instead of the tables."
-)
-_classes_option = click.option(
-    "--classes", type=click.IntRange(1), help="Outputs of the networks that can have any number."
 )
 
 
 @click.command()
 @click.argument("networks", metavar="MODEL|FILE…", nargs=-1, required=True)
 @input_option
-@_classes_option
+@classes_option
 @_json_option
 @click.pass_obj
 def flops(
@@ -32,23 +29,27 @@ def flops(
     *,
     as_json: bool,
 ) -> None:
-    """Count what one sample costs in each built-in MODEL or ONNX FILE, layer by layer.
+    """Count what one sample costs in each MODEL or ONNX FILE, layer by layer.
 
     MACs and FLOPs, parameters, bytes of weights and activations, the peak of the activations that
-    exist at once, and FLOPs for each byte moved. A MODEL is counted as it is written and folded.
+    exist at once, and FLOPs for each byte moved. A MODEL, built in or package.module:factory or
+    file.py:factory, is counted as it is written and folded.
     """
     from exporter.counting import count_all
     from exporter.renderers import costs
 
     with terminal.bars() as progress:
-        found = count_all(networks, input_shape=input_shape, classes=classes, progress=progress)
+        things = [
+            one if Path(one).exists() else network_of(one, {}, input_shape) for one in networks
+        ]
+        found = count_all(things, input_shape=input_shape, classes=classes, progress=progress)
     click.echo(costs.render_json(found) if as_json else costs.render(found), nl=False)
 
 
 @click.command()
 @click.argument("networks", metavar="MODEL…", nargs=-1, required=True)
 @input_option
-@_classes_option
+@classes_option
 @click.option(
     "--runs",
     type=click.IntRange(2, 100_000),
@@ -79,7 +80,9 @@ def compare(
     *,
     as_json: bool,
 ) -> None:
-    """Set built-in networks side by side: FLOPs, parameters, bytes, peak memory and latency.
+    """Set networks side by side: FLOPs, parameters, bytes, peak memory and latency.
+
+    A MODEL is built in, or package.module:factory or file.py:factory.
 
     Each is folded, exported to ONNX, counted there, and timed in ONNX Runtime, all in turn; at its
     own input and classes, or at the same ones for all.
@@ -92,7 +95,7 @@ def compare(
             from exporter.files import write_text
             from exporter.renderers import contest
         found = compare_networks(
-            networks,
+            [network_of(one, {}, input_shape) for one in networks],
             input_shape=input_shape,
             classes=classes,
             runs=runs,

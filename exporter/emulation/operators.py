@@ -307,6 +307,14 @@ def _gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     return chosen.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
+def _gather_nd(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    shared = a.get("batch_dims", 0)
+    batch, each = x.shape[:shared], indices.reshape(-1, *indices.shape[shared:])
+    rows = torch.arange(len(each)).reshape(-1, *[1] * (each.ndim - 2))
+    chosen = x.reshape(len(each), *x.shape[shared:])[(rows, *each.unbind(-1))]
+    return chosen.reshape(*batch, *chosen.shape[1:])
+
+
 def _squeeze(a: Attributes, x: Tensor, given: Tensor | None = None) -> Tensor:
     axes = given.tolist() if given is not None else a.get("axes")
     return x.squeeze() if axes is None else x.squeeze(tuple(axes))
@@ -445,6 +453,7 @@ OPERATORS: dict[str, Operator] = {
     "Flatten": _flatten,
     "Floor": _plain(torch.floor),
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": partial(_global, torch.mean),

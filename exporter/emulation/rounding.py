@@ -67,10 +67,10 @@ LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUMS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"})
 EXACT = frozenset({
     "Abs", "And", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "DepthToSpace",
-    "Dropout", "Equal", "Expand", "Flatten", "Floor", "Gather", "GlobalMaxPool", "Greater",
-    "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad", "QuantizeLinear",
-    "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze", "Where",
+    "Dropout", "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherND", "GlobalMaxPool",
+    "Greater", "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad",
+    "QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Split",
+    "Squeeze", "Transpose", "Unsqueeze", "Where",
 })
 FUNCTIONS = frozenset({
     "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Pow",

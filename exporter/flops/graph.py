@@ -59,7 +59,7 @@ MACS: dict[str, Formula] = {
 FREE = frozenset({
     "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant",
     "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Elu", "Equal",
-    "Expand", "Flatten", "Gather", "GlobalAveragePool", "GlobalMaxPool", "Greater",
+    "Expand", "Flatten", "Gather", "GatherND", "GlobalAveragePool", "GlobalMaxPool", "Greater",
     "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization",
     "LeakyRelu", "Less", "LogSoftmax", "Max", "MaxPool", "Min", "Mul", "Neg", "PRelu", "Pad",
     "QuantizeLinear", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape",

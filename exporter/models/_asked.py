@@ -7,10 +7,14 @@ from typing import ClassVar
 
 from exporter.contracts import Plugin
 from exporter.records import TensorSpec
+from exporter.samples import fitting
 
 
 class Untrained(Plugin, frozen=True):
-    """A network for grey or colour pictures and any number of classes, without weights."""
+    """A network for pictures of any number of channels and of classes, without weights.
+
+    They are made for 224×224, and take any size at which something is left to pool.
+    """
 
     channels: int = 3
     classes: int = 1000
@@ -18,10 +22,9 @@ class Untrained(Plugin, frozen=True):
     weights: ClassVar[Path | None] = None
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, found {self.channels}")
-        if self.classes < 1:
-            raise ValueError(f"classes must be 1 or more, found {self.classes}")
+        for name, value in (("channels", self.channels), ("classes", self.classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, found {value}")
 
     @property
     def input(self) -> TensorSpec:
@@ -33,4 +36,10 @@ class Untrained(Plugin, frozen=True):
 
     @property
     def data(self) -> str:
-        return "digits" if self.channels == 1 else "rgb-digits"
+        return fitting(self.channels)
+
+
+def check_stages(stages: tuple[int, ...], count: int) -> None:
+    """Raise `ValueError` unless there are so many stages, each of one layer or more."""
+    if len(stages) != count or min(stages) < 1:
+        raise ValueError(f"stages must be {count} numbers of 1 or more, found {list(stages)}")

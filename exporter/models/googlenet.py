@@ -4,8 +4,7 @@ It differs from C. Szegedy et al., "Going Deeper with Convolutions" (2014), in t
 BatchNorm behind every convolution, in place of its bias and of the local response normalisation;
 3×3 convolutions in the third branch, in place of 5×5; and no auxiliary classifiers.
 
-No weights ship. The published ones, of torchvision, fit once saved as safetensors without the
-tensors of the auxiliary classifiers; they take pictures normalised by 0.5 and 0.5.
+No weights ship. torchvision's fit, and take pictures normalised by 0.5 and 0.5.
 """
 
 from __future__ import annotations

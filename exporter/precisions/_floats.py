@@ -27,10 +27,10 @@ MEANS = frozenset({"AveragePool", "GlobalAveragePool", "Mean", "ReduceMean"})
 
 # Operators whose results lie within the range of what they read.
 _WITHIN = MEANS | {
-    "Clip", "Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalMaxPool",
-    "Identity", "LeakyRelu", "Max", "MaxPool", "Min", "Pad", "ReduceMax", "ReduceMin", "Relu",
-    "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where",
-    "QuantizeLinear",
+    "Clip", "Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherND",
+    "GlobalMaxPool", "Identity", "LeakyRelu", "Max", "MaxPool", "Min", "Pad", "ReduceMax",
+    "ReduceMin", "Relu", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose",
+    "Unsqueeze", "Where", "QuantizeLinear",
 }  # fmt: skip
 _UP_TO_1 = frozenset({"HardSigmoid", "Sigmoid", "Softmax", "Tanh"})
 

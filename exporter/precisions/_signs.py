@@ -15,7 +15,7 @@ SHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _POSITIVE = ("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
 _KEEPING = (  # they make no negative number where they read none
     *(*AVERAGES, *SHAPES, "Add", "Mul", "Concat", "LeakyRelu", "MaxPool", "GlobalMaxPool"),
-    *("Min", "Max", "Mean", "Dropout", "Slice", "Split", "Gather", "Expand"),
+    *("Min", "Max", "Mean", "Dropout", "Slice", "Split", "Gather", "GatherND", "Expand"),
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "DepthToSpace", "SpaceToDepth"),
 )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from exporter.contracts import Advance
 from exporter.emulation import Step, Values
+from exporter.emulation.rounding import LAYERS
 from exporter.quantisation.network import BATCH, Network, fake_quantise
 from exporter.quantisation.rounding import nearest, second_order, weight_scales
 from exporter.steps import Steps
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from exporter.records import Array
 
 _MEMORY = 3 << 28  # bytes that the tensors alive at one time may take
+# Costly operators whose first axis is that of the samples; others may be given any axes in front.
+_BY_SAMPLE = LAYERS | {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
 
 
 @dataclass(slots=True)
@@ -177,11 +180,11 @@ class _Pair:
         return target - (beside - self.float_values[other])
 
     def _compute(self, step: Step, inputs: list[Tensor | None]) -> Values:
-        """Return what a node writes, computed a few samples at a time."""
+        """Return what a node writes, the costly ones computed a few samples at a time."""
         constants = self.network.emulator.constants
         whole = [not name or name in constants for name in step.reads]
         lengths = [len(x) for x, c in zip(inputs, whole, strict=True) if x is not None and not c]
-        if not lengths or min(lengths) <= BATCH or _is_shape(step):
+        if not lengths or min(lengths) <= BATCH or step.op not in _BY_SAMPLE:
             return self.network.emulator.compute(step, inputs)
         parts = [
             self.network.emulator.compute(
@@ -194,10 +197,6 @@ class _Pair:
             for start in range(0, min(lengths), BATCH)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _is_shape(step: Step) -> bool:
-    return step.op in ("Shape", "Reshape", "Gather", "Slice", "Expand", "ConstantOfShape")
 
 
 def _shrunk_mean(error: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ from exporter.records.networks import (
 )
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
-from exporter.records.report import Artefact, FoldRecord, Report, Source, Stage, Variant
+from exporter.records.report import Artefact, FoldRecord, Part, Report, Source, Stage, Variant
 from exporter.records.roofline import Bandwidth, Ceilings, Kernel, Roofline
 from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
 from exporter.records.worth import Comparison, Recommendation
@@ -119,6 +119,7 @@ __all__ = [
     "Outputs",
     "Parity",
     "ParityInputs",
+    "Part",
     "Quantised",
     "Range",
     "Ranges",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from exporter.errors import ParityError
 from exporter.records.asked import TensorSpec
@@ -17,6 +17,9 @@ from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.worth import Comparison, Recommendation, recommend
 
+# What a stage is for: making the graphs, building engines from them, showing that they compute what
+# they should, timing them, and everything else.
+Part: TypeAlias = Literal["conversion", "engines", "evidence", "latency", "other"]
 _BASELINES = ("fp32", "fp16")  # what fewer bits are compared with, on the same runtime
 
 
@@ -116,9 +119,11 @@ class FoldRecord(Found, frozen=True):
 class Source(Found, frozen=True):
     """What was exported: a network, its weights, and the shape it was asked to take.
 
-    ``weights`` is the file's name without its folder, ``weights_format`` what kind of file it is,
+    ``weights`` is the file's name without its folder, or what is taken in place of one,
+    ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
-    to be the network's, one clause each.
+    to be the network's, one clause each. ``factory`` is the code that made the network, None for a
+    built-in one.
     """
 
     model: str
@@ -130,13 +135,22 @@ class Source(Found, frozen=True):
     opset: int
     weights_format: str = ""
     weights_changes: tuple[str, ...] = ()
+    factory: str | None = None
 
 
 class Stage(Found, frozen=True):
-    """How long one step of the run took."""
+    """How long one step of the run took, and how much memory the process held in it at most.
+
+    Both are the step's own, without the steps inside it, so that the seconds of all are those of
+    the run. ``peak_bytes`` is the resident set, None where the system does not tell it; with
+    ``so_far`` it is the peak from the start of the process to the end of the step.
+    """
 
     name: str
     seconds: float
+    part: Part = "other"
+    peak_bytes: int | None = None
+    so_far: bool = False
 
 
 class Report(Found, frozen=True):
@@ -161,6 +175,19 @@ class Report(Found, frozen=True):
     stages: tuple[Stage, ...]
     worst_cases: tuple[WorstCase, ...] = ()
     calibrated: Convergence | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the run took, up to the writing of its report."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def seconds_by_part(self) -> dict[Part, float]:
+        """Return how long the stages of each kind took; no kind is left out."""
+        return {
+            part: sum(stage.seconds for stage in self.stages if stage.part == part)
+            for part in get_args(Part)
+        }
 
     @property
     def ladder(self) -> tuple[Rung, ...]:

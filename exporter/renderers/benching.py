@@ -14,6 +14,7 @@ from exporter.intervals import FEWEST_PAIRS, SUPPORT
 from exporter.records import BenchReport, Comparison, Fit, Knee, Timed
 from exporter.records.worth import ALIKE
 from exporter.renderers import _latency as latency
+from exporter.renderers import throughput
 from exporter.renderers.markdown import _escape as escape
 from exporter.renderers.markdown import _table as table
 from exporter.renderers.terminal import COLOURS
@@ -181,6 +182,8 @@ def to_markdown(report: BenchReport) -> str:
         *table(latency.HEADS, map(latency.row, report.latency)),
         "",
     ]
+    if is_drawn(report):
+        lines += [f"Throughput by batch size, with knee and budget, is in {throughput.FILE}.", ""]
     if report.on_device:
         rows = map(latency.row, report.on_device)
         lines += ["## By the device's own clock", "", *table(latency.HEADS, rows), ""]
@@ -264,7 +267,23 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"cannot write {str(folder)!r}: {error.strerror or error}") from error
 
 
+def is_drawn(report: BenchReport) -> bool:
+    """Return whether there is a curve to draw: two batch sizes or more."""
+    return len(report.batches) > 1
+
+
 def write(report: BenchReport, folder: Path) -> None:
-    """Write ``bench.json`` and ``bench.md``. Raises `OutputError`."""
+    """Write ``bench.json`` and ``bench.md``, and with two batch sizes or more the picture.
+
+    One that an earlier bench left there does not stay beside figures that are not its own. Raises
+    `OutputError`.
+    """
+    picture = folder / throughput.FILE
+    try:
+        picture.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(picture)!r}: {error.strerror or error}") from error
     write_text(folder / "bench.json", to_json(report))
     write_text(folder / "bench.md", to_markdown(report))
+    if is_drawn(report):
+        write_text(picture, throughput.render(report))

@@ -10,6 +10,7 @@ from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
 from exporter.renderers import _latency as latency
 from exporter.renderers import _quantised as quantised
+from exporter.renderers import _stages as stages
 from exporter.renderers import plots
 
 
@@ -28,6 +29,7 @@ def render(report: Report) -> str:
         _cost(report),
         _latency(report),
         _worth(report),
+        _stages(report),
         _environment(report),
     )
     return "\n".join(line for section in sections for line in (*section, ""))
@@ -44,6 +46,7 @@ def _head(report: Report) -> list[str]:
         f"- input {_escape(source.input.name)} N×{shape} {source.input.dtype}, output "
         f"{_escape(source.output.name)} N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
         f"{source.opset}, batch {_batch(report)}",
+        *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
         *(f"- weights: {_escape(change)}" for change in source.weights_changes),
@@ -357,16 +360,25 @@ def _latency(report: Report) -> list[str]:
     ]
 
 
+def _stages(report: Report) -> list[str]:
+    return [
+        "## Where the time went",
+        "",
+        f"{stages.whole(report)}.",
+        "",
+        *_table(stages.HEADS, stages.rows(report.stages)),
+        "",
+        *(f"- {note}." for note in stages.notes(report.stages)),
+    ]
+
+
 def _environment(report: Report) -> list[str]:
-    stages = ", ".join(f"{stage.name} {stage.seconds:.1f} s" for stage in report.stages)
     versions = ", ".join(f"{key} {value}" for key, value in report.environment.items())
     versions = _escape(versions)
     return [
         "## Made with",
         "",
         f"{report.tool}; {versions}.",
-        "",
-        f"Stages: {_escape(stages)}.",
     ]
 
 

@@ -19,6 +19,8 @@ def render(report: Report) -> str:
     table = msgspec.to_builtins(report)
     table = {"schema": table.pop("schema"), "verdict": report.verdict, **table}
     table["failures"] = list(report.failures)
+    table["seconds"] = report.seconds
+    table["seconds_by_part"] = report.seconds_by_part
     table["unproven"] = list(report.unproven)
     table["comparisons"] = [{**c._asdict(), "speed": c.speed} for c in report.comparisons]
     recommended = report.recommendation

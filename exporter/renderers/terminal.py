@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from exporter.records import Comparison, Report
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
+from exporter.renderers import _stages as stages
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,9 +40,19 @@ def render(report: Report, folder: Path) -> RenderableType:
         ]
         table.add_row(*cells)
     fold = report.fold
+    took = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for field, head in zip(stages.Row._fields, stages.HEADS, strict=True):
+        justify = "left" if field in ("stage", "part") else "right"
+        took.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
+    for line in stages.summed(report.stages):
+        took.add_row(*map(Text, line))
     lines: list[RenderableType] = [
         Text(f"{fold.folded} of {len(fold.fates)} BatchNorms folded"),
         *(Text(f"  {fate}") for fate in fold.fates),
+        Text(""),
+        took,
+        Text(""),
+        Text(stages.whole(report)),
         Text(""),
         table,
         Text(""),

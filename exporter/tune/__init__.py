@@ -25,6 +25,7 @@ from exporter.contracts import Model, Progress, Runtime, silent
 from exporter.errors import InputRefused, ProfileError, RuntimeMissing, UnknownName
 from exporter.fold import fold_batchnorm
 from exporter.graphs import export_source
+from exporter.initial import Initial
 from exporter.job import Job
 from exporter.plugins import load_runtime, options_of
 from exporter.profile import Profile
@@ -46,8 +47,9 @@ def tune_model(
     *,
     precision: str = "int8",
     runtime: str | None = None,
-    weights: Path | None = None,
+    weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
+    classes: int | None = None,
     calibration: Array | Path | None = None,
     validation: int = 128,
     minutes: float = 5.0,
@@ -72,6 +74,7 @@ def tune_model(
         profile,
         weights=weights,
         input_shape=input_shape,
+        classes=classes,
         calibration=calibration,
         progress=progress,
         builds=False,

@@ -183,7 +183,8 @@ class Bench:
                 session = stack.enter_context(self.runtime.open(self._path(candidate)))
                 size = self.job.profile.batch.opt
                 total = -(-len(self.validation.inputs) // size)
-                with self.job.stage(f"{candidate.name}: validate", total) as advance:
+                what = f"{candidate.name}: validate"
+                with self.job.stage(what, total, part="evidence") as advance:
                     got = self.job.outputs(session, self.validation.inputs, advance)
         except BuildError as error:
             return msgspec.structs.replace(candidate, refused=with_hint(error))
@@ -196,7 +197,8 @@ class Bench:
         if self._truth is None:
             session = TorchSession.of(self.job.module, self.job.model.output.name, double=True)
             total = -(-len(self.validation.inputs) // self.job.profile.batch.opt)
-            with self.job.stage("run PyTorch in float64", total) as advance:
+            what = "run PyTorch in float64"
+            with self.job.stage(what, total, part="evidence") as advance:
                 self._truth = self.job.outputs(session, self.validation.inputs, advance)
         return self._truth
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import msgspec
@@ -79,7 +80,7 @@ class Search:
             confirmation=confirmation,
             findings=tuple(self._findings(chosen)),
             doubts=(*self._doubts_of_accuracy(), *doubts),
-            stages=tuple(job.stages),
+            stages=job.stages.so_far,
         )
         self._write(report)
         return report
@@ -170,7 +171,12 @@ class Search:
         timing = self._timing(sessions)
         size = timing.batches[0]
         others = environment.OtherLoad()
-        found = measure_latency(sessions, {size: job.timed_feeds(size)}, timing, progress=job.stage)
+        found = measure_latency(
+            sessions,
+            {size: job.timed_feeds(size)},
+            timing,
+            progress=partial(job.stage, part="latency"),
+        )
         by_name = {latency.name: latency for latency in found}
         self.candidates = [
             msgspec.structs.replace(candidate, latency=by_name.get(candidate.name))
@@ -205,7 +211,8 @@ class Search:
         inputs, labels, origin = job.held_out
         truth = TorchSession.of(job.module, job.model.output.name, double=True)
         total = 2 * -(-len(inputs) // job.profile.batch.opt)
-        with job.stage(f"{chosen.name}: confirm on the {origin}", total) as advance:
+        what = f"{chosen.name}: confirm on the {origin}"
+        with job.stage(what, total, part="evidence") as advance:
             want, got = (job.outputs(run, inputs, advance) for run in (truth, session))
         return compare_outputs(
             want, got, inputs=origin, labels=labels, tolerance=self.budget.tolerance

@@ -15,15 +15,11 @@ from typing import Literal, TypeAlias
 
 from exporter.contracts import TensorStatistics
 from exporter.errors import UnknownName
+from exporter.records import Range
 
 Calibrator: TypeAlias = Literal["max", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[Calibrator, ...] = ("max", "percentile", "mse", "entropy")
-
-
-def check_percentile(percentile: float) -> None:
-    """Raise `ValueError` unless some share of the values, or all, can be meant."""
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be above 0 and at most 100, found {percentile}")
+PERCENTILE = Range(0, 100, over=True)  # some share of the values, or all
 
 
 def threshold(

@@ -14,6 +14,7 @@ from exporter import plugins
 from exporter.contracts import Progress, silent
 from exporter.errors import GraphError, InputRefused, UnknownName
 from exporter.flops import count_flops, input_shape_of, read_file
+from exporter.onnx_files import check_onnx
 from exporter.records import Counted
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def count_all(
 
 
 def _file(path: Path, input_shape: tuple[int, ...] | None) -> Counted:
+    check_onnx(path, runs=False)
     graph = read_file(path)
     shape = input_shape or input_shape_of(graph)
     try:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -25,10 +25,13 @@ from exporter.records import (
     DataChoice,
     ParityInputs,
     Preprocess,
+    Range,
+    Ranges,
     Timing,
     Tolerance,
 )
 from exporter.strict import read
+from exporter.words import plain, shown
 
 OPSETS = range(19, 25)  # 19: Q/DQ with half scales; 24: the newest that torch 2.13 writes
 _LARGEST = 1 << 20  # bytes; a profile is a page
@@ -66,9 +69,10 @@ class Profile(Asked, frozen=True):
     opset: int = 20
     model: ModelChoice = ModelChoice()
 
+    RANGES: ClassVar[Ranges] = {"opset": Range(OPSETS[0], OPSETS[-1])}
+
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
-            raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, found {self.opset}")
+        Asked.__post_init__(self)
         if not self.runtime:
             raise ValueError("no runtime: add a table such as [runtime.ort-cpu]")
         if not self.precision:
@@ -163,6 +167,8 @@ def _builtin() -> dict[str, Traversable]:
 
 def _parse(source: Traversable, where: str) -> dict[str, Any]:
     try:
+        if isinstance(source, Path) and _is_special(source):
+            raise ProfileError(f"{where}: a pipe, socket or device, so not a profile")
         with source.open("rb") as stream:
             text = stream.read(_LARGEST + 1)
         if len(text) > _LARGEST:
@@ -176,7 +182,12 @@ def _parse(source: Traversable, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ProfileError(f"{where}: not UTF-8 text (byte {error.start})") from error
     except (ValueError, RecursionError) as error:  # tomllib passes on what int() refuses
-        raise ProfileError(f"{where}: not valid TOML: {error}") from error
+        raise ProfileError(f"{where}: not valid TOML: {plain(error, most=200)}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is what reading would wait for, or never come to the end of."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
@@ -186,7 +197,7 @@ def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
     if others:
         raise ProfileError(
             f"{where}: model: a profile says how a network is built, in [model.args], and never "
-            f"which or by what code, found {others[0]!r}",
+            f"which or by what code, found {shown(others[0])}",
             hint="name the network on the command line, with --model",
         )
 
@@ -194,10 +205,14 @@ def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
 def _tables(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     found = table.get(key, {})
     if not isinstance(found, dict):
-        raise ProfileError(f"{where}: {key}: expected tables such as [{key}.x], found {found!r}")
+        raise ProfileError(
+            f"{where}: {key}: expected tables such as [{key}.x], found {shown(found)}"
+        )
     for name, value in found.items():
         if not isinstance(value, dict):
-            raise ProfileError(f"{where}: {key}.{name}: expected a table, found {value!r}")
+            raise ProfileError(
+                f"{where}: {key}.{plain(name)}: expected a table, found {shown(value)}"
+            )
     return list(found.items())
 
 

@@ -26,6 +26,7 @@ from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
+from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
 from exporter.records import Array, Artefact, DataRecord, Report, Variant
@@ -224,6 +225,7 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
     if not path.is_file():
         raise GraphError(f"{name}: the bundle lacks this file")
     if path.suffix == ".onnx":
+        check_onnx(path, runs=True)
         check_same_interface(
             read_graph(path),
             name,

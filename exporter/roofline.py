@@ -14,6 +14,7 @@ from pathlib import Path
 from exporter.ceilings import measure_ceilings
 from exporter.contracts import Progress, TellsKernels, silent
 from exporter.errors import BuildError, InputRefused, RuntimeMissing
+from exporter.onnx_files import check_onnx
 from exporter.plugins import load_runtime
 from exporter.records import Roofline
 
@@ -43,6 +44,8 @@ def measure_roofline(
         raise RuntimeMissing(f"{runtime} cannot run here: {reason}")
     if not isinstance(found, TellsKernels):
         raise RuntimeMissing(f"{runtime} does not tell how long its kernels take")
+    with progress(f"check {path.name}", None):
+        check_onnx(path, runs=True)
     with progress(f"profile {runs} runs", None):
         used, kernels = found.kernels(path, batch=batch, runs=runs, warmup=WARMUP)
     if not kernels:

@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from exporter.errors import ProfileError, nearest
+from exporter.records import Asked
+from exporter.words import plain, quoted, shown
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _AT = re.compile(r" - at `\$?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`")
 _MISSING = re.compile(r"Object missing required field `(?P<key>[^`]*)`")
+_LONGEST = 80  # of what is looked for among the known words
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
@@ -40,22 +43,43 @@ def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> P
     path = at["path"] if at else ""
     said = _AT.sub("", said)
     steps = [key or index for key, index in _STEP.findall(path)]
-    place = ": ".join([where, path.lstrip(".")]) if path else where
+    place = ": ".join([where, plain(path.lstrip("."))]) if path else where
     if unknown := _UNKNOWN.match(said):
         fields = _fields(cls, steps)
         return ProfileError(
-            f"{place}: unknown key {unknown['key']!r}", hint=nearest(unknown["key"], fields)
+            f"{place}: unknown key {quoted(unknown['key'])}", hint=nearest(unknown["key"], fields)
         )
     if missing := _MISSING.match(said):
         return ProfileError(f"{place}: the key {missing['key']!r} is missing")
     if said.startswith("Invalid enum value"):
-        value, allowed = str(_value(table, steps)), typing.get_args(_hint(cls, steps))
-        return ProfileError(f"{place}: {value!r} is not allowed", hint=nearest(value, allowed))
+        value, words = str(_value(table, steps)), typing.get_args(_hint(cls, steps))
+        return ProfileError(
+            f"{place}: {quoted(value)} is not allowed", hint=nearest(value[:_LONGEST], words)
+        )
     reason = said[0].lower() + re.sub(r"\bobject\b", "table", said[1:].replace("`", ""))
+    reason = reason.replace(" | null", "")
     value = _value(table, steps)
-    if reason.startswith(("expected", "invalid")) and not isinstance(value, Mapping):
-        reason += f", found {value!r}"
+    if reason.startswith(("expected", "invalid", "number")) and not isinstance(value, Mapping):
+        reason += f", found {shown(value)}"
+        if allowed := _allowed(cls, steps):
+            reason += f" (allowed: {allowed})"
     return ProfileError(f"{place}: {reason}")
+
+
+def _allowed(cls: type[Any], steps: list[str]) -> str | None:
+    """Return in words what the key at a path may be, where its type does not say it."""
+    names = [step for step in steps if not step.isdigit()]
+    if not names:
+        return None
+    owner = _hint(cls, names[:-1])
+    if isinstance(owner, type) and issubclass(owner, Asked) and names[-1] in owner.RANGES:
+        return str(owner.RANGES[names[-1]])
+    hint = _hint(cls, names)
+    if hint is bool:
+        return "true, false"
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
+    return None
 
 
 def _fields(cls: type[Any], steps: list[str]) -> tuple[str, ...]:

@@ -254,13 +254,13 @@ def cannot_run(path: Path) -> None:
 
 DAMAGE = [
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "truncated, damaged or not an ONNX"),
-    (lambda path: path.write_bytes(b""), "not an ONNX model with an input and an output"),
+    (lambda path: path.write_bytes(b""), "an empty file"),
     (lambda path: path.write_text("hello"), "truncated, damaged or not an ONNX model"),
     (lambda path: path.unlink(), "the bundle lacks this file"),
     (other_input, "takes 'image' N×1×32×32 float32, and the reference takes 'input'"),
     (other_channels, "takes 'input' N×3×32×32 float32, and the reference takes 'input' N×1×32×32"),
     (other_type, "takes 'input' N×1×32×32 float64, and the reference takes 'input'"),
-    (cannot_run, "onnxruntime "),
+    (cannot_run, "ONNX Runtime cannot run it ("),
 ]
 
 

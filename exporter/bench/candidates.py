@@ -12,6 +12,7 @@ from exporter import environment, samples
 from exporter.bundle import Manifest
 from exporter.contracts import Model, Runtime
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
+from exporter.onnx_files import check_onnx
 from exporter.plugins import load_model, load_runtime, options_of
 from exporter.profile import Profile, load_profile
 from exporter.records import (
@@ -171,10 +172,14 @@ def _file(
         raise BuildError(artefact.refused)
     if artefact and artefact.file:
         file = intact_file(bundle.manifest, artefact.file.name, bundle.folder)
-        return bundle.folder / file.name, file
+        path = bundle.folder / file.name
+        if path.suffix == ".onnx":
+            check_onnx(path, runs=True)
+        return path, file
     assert variant.file is not None  # what was refused is not here
     source = bundle.report.source
     path = bundle.folder / intact_file(bundle.manifest, variant.file.name, bundle.folder).name
+    check_onnx(path, runs=True)
     model = OnnxModel(path, variant.precision, source.input, source.output, bundle.profile.batch)
     built = runtime.build(model, scratch)
     return built, File.of(built, built.parent)

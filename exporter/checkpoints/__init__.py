@@ -27,8 +27,8 @@ from exporter.checkpoints.archive import check_archive
 from exporter.checkpoints.isolated import Named, load_isolated
 from exporter.checkpoints.kinds import FETCH, PICKLE, SAVE, Format, kind_of
 from exporter.checkpoints.pickles import check_legacy, check_pickle, refuse_pickle
-from exporter.checkpoints.words import plain, quoted
 from exporter.errors import ExportError, InputRefused
+from exporter.words import plain, quoted
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from typing import BinaryIO, NamedTuple
 
 from exporter.checkpoints.kinds import CHECKPOINT, ENCRYPTED, FETCH, SAVE, archive_kind
 from exporter.checkpoints.pickles import LARGEST_PICKLE
-from exporter.checkpoints.words import quoted
 from exporter.errors import InputRefused
+from exporter.words import quoted
 
 MOST_ENTRIES = 50_000  # no network has so many tensors
 _LARGEST_DIRECTORY = 32 << 20

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from exporter.checkpoints.kinds import SAVE
-from exporter.checkpoints.words import plain
 from exporter.errors import InputRefused, OutOfMemory
+from exporter.words import plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from exporter.checkpoints.kinds import PICKLE, SAVE, UNKNOWN
-from exporter.checkpoints.words import plain
 from exporter.errors import InputRefused
+from exporter.words import plain
 
 LARGEST_PICKLE = 64 << 20
 MOST_INSTRUCTIONS = 4_000_000  # two hundred for each tensor of the largest networks

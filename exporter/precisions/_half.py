@@ -8,7 +8,6 @@ stays is named in a note, with the reason and the figure.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -98,12 +97,6 @@ def in_halves(
         return made
     half = to_half(made.model, half_io=half_io, statistics=statistics, samples=samples)
     return made._replace(model=half.model, notes=(*made.notes, *half.notes))
-
-
-def check_margin(margin: float) -> None:
-    """Raise `ValueError` unless activations may reach at least as far as they did."""
-    if not (math.isfinite(margin) and margin >= 1):
-        raise ValueError(f"margin must be 1 or more, found {margin}")
 
 
 def named(node: onnx.NodeProto) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
-from exporter.precisions._half import MARGIN, check_margin, to_half
-from exporter.records import Array
+from exporter.precisions._half import MARGIN, to_half
+from exporter.records import Array, Range, Ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -30,8 +30,7 @@ class Fp16(Plugin, frozen=True):
 
     needs_calibration: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_margin(self.margin)
+    RANGES: ClassVar[Ranges] = {"margin": Range(1)}
 
     def convert(
         self,

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from exporter.calibrators import check_percentile, threshold
+from exporter.calibrators import PERCENTILE, threshold
 from exporter.contracts import Converted, Plugin, Progress, Statistics, silent
 from exporter.precisions._half import SMALLEST_NORMAL, check_half_io, in_halves
 from exporter.precisions._qdq import FP8, Pairs, activation_scale, coverage, layers_to_quantise
-from exporter.records import Array
+from exporter.records import Array, Ranges
 
 if TYPE_CHECKING:
     import onnx
@@ -46,8 +46,10 @@ class Fp8(Plugin, frozen=True):
 
     needs_calibration: ClassVar[bool] = True
 
+    RANGES: ClassVar[Ranges] = {"percentile": PERCENTILE}
+
     def __post_init__(self) -> None:
-        check_percentile(self.percentile)
+        Plugin.__post_init__(self)
         check_half_io(self.around, half_io=self.half_io)
 
     def convert(

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from exporter.calibrators import check_percentile, threshold
+from exporter.calibrators import PERCENTILE, threshold
 from exporter.contracts import (
     Converted,
     Plugin,
@@ -42,7 +42,7 @@ from exporter.precisions._qdq import (
     layers_to_quantise,
     sound_scale,
 )
-from exporter.records import Array
+from exporter.records import Array, Ranges
 from exporter.steps import HIGH, LOW, UNSIGNED, Held, steps_for
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class Int8(Plugin, frozen=True):
 
     needs_calibration: ClassVar[bool] = True
 
+    RANGES: ClassVar[Ranges] = {"percentile": PERCENTILE}
+
     def __post_init__(self) -> None:
-        check_percentile(self.percentile)
+        Plugin.__post_init__(self)
         check_half_io(self.around, half_io=self.half_io)
         if self.form == "onnxruntime" and self.around != "fp32":
             raise ValueError(f'form = "onnxruntime" needs around = "fp32", found {self.around!r}')

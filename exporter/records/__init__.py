@@ -9,15 +9,28 @@ from __future__ import annotations
 from exporter.records.asked import (
     FEW_IMAGES,
     LEAST_IMAGES,
+    SEED,
+    THREADS,
     BatchRange,
     Calibration,
     ParityInputs,
     TensorSpec,
     Timing,
     Tolerance,
-    check_threads,
 )
-from exporter.records.base import SCHEMA, Array, Asked, Feed, Found, Outputs, Verdict, rank, worst
+from exporter.records.base import (
+    SCHEMA,
+    Array,
+    Asked,
+    Feed,
+    Found,
+    Outputs,
+    Range,
+    Ranges,
+    Verdict,
+    rank,
+    worst,
+)
 from exporter.records.bench import (
     BenchAsked,
     BenchReport,
@@ -57,6 +70,8 @@ __all__ = [
     "FEW_IMAGES",
     "LEAST_IMAGES",
     "SCHEMA",
+    "SEED",
+    "THREADS",
     "Array",
     "Artefact",
     "Asked",
@@ -110,6 +125,8 @@ __all__ = [
     "Part",
     "Preprocess",
     "Quantised",
+    "Range",
+    "Ranges",
     "Recommendation",
     "Repair",
     "Report",
@@ -129,7 +146,6 @@ __all__ = [
     "Variant",
     "Verdict",
     "WorstCase",
-    "check_threads",
     "rank",
     "worst",
 ]

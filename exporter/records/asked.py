@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from exporter.records.base import MOST_THREADS, Asked, Found
+from exporter.records.base import MOST_THREADS, Asked, Found, Range, Ranges
 
 LEAST_IMAGES = 8  # to calibrate on
 FEW_IMAGES = 32  # from which on a scale is not in doubt for their number
+MOST_IMAGES = 1_000_000
+LARGEST_BATCH = 65_536
+THREADS = Range(0, MOST_THREADS)  # libraries crash on absurd ones
+SEED = Range(0, (1 << 32) - 1)  # what seeds every generator alike
 
 
 class TensorSpec(Found, frozen=True):
@@ -26,19 +30,16 @@ class BatchRange(Asked, frozen=True):
     opt: int = 1
     max: int = 1
 
+    RANGES: ClassVar[Ranges] = {name: Range(1, LARGEST_BATCH) for name in ("min", "opt", "max")}
+
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             found = f"{self.min}, {self.opt}, {self.max}"
             raise ValueError(f"need 1 <= min <= opt <= max, found {found}")
+        Asked.__post_init__(self)
 
     def __str__(self) -> str:
         return f"{self.min} to {self.max}, tuned for {self.opt}"
-
-
-def check_threads(name: str, threads: int) -> None:
-    """Raise `ValueError` for a count that no pool takes; libraries crash on absurd ones."""
-    if not 0 <= threads <= MOST_THREADS:
-        raise ValueError(f"{name} must be from 0 to {MOST_THREADS}, found {threads}")
 
 
 class Timing(Asked, frozen=True):
@@ -58,23 +59,19 @@ class Timing(Asked, frozen=True):
     settle_ms: float = 15.0
     seed: int = 0
 
+    RANGES: ClassVar[Ranges] = {
+        "batches": Range(1, LARGEST_BATCH),
+        "warmup": Range(0, 100_000),
+        "runs": Range(2, 1_000_000),
+        "pytorch_threads": THREADS,
+        "settle_ms": Range(0, 1000),
+        "seed": SEED,
+    }
+
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"batches must be 1 or more, found {list(self.batches)}")
-        if self.warmup < 0 or self.runs < 2:
-            raise ValueError(
-                f"need warmup >= 0 and runs >= 2, found warmup {self.warmup} and runs {self.runs}"
-            )
-        if not 0 <= self.settle_ms <= 1000:
-            raise ValueError(f"settle_ms must be from 0 to 1000, found {self.settle_ms}")
-        check_threads("pytorch_threads", self.pytorch_threads)
-        check_seed(self.seed)
-
-
-def check_seed(seed: int) -> None:
-    """Raise `ValueError` for what does not seed every generator alike."""
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, found {seed}")
+        Asked.__post_init__(self)
+        if not self.batches:
+            raise ValueError("batches must be one or more sizes, found []")
 
 
 class ParityInputs(Asked, frozen=True):
@@ -83,10 +80,7 @@ class ParityInputs(Asked, frozen=True):
     random: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.random < 1:
-            raise ValueError(f"random must be 1 or more, found {self.random}")
-        check_seed(self.seed)
+    RANGES: ClassVar[Ranges] = {"random": Range(1, MOST_IMAGES), "seed": SEED}
 
 
 class Calibration(Asked, frozen=True):
@@ -95,10 +89,10 @@ class Calibration(Asked, frozen=True):
     images: int = 256
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.images < LEAST_IMAGES:
-            raise ValueError(f"images must be {LEAST_IMAGES} or more, found {self.images}")
-        check_seed(self.seed)
+    RANGES: ClassVar[Ranges] = {
+        "images": Range(LEAST_IMAGES, MOST_IMAGES),
+        "seed": SEED,
+    }
 
 
 class Tolerance(Asked, frozen=True, omit_defaults=True):
@@ -122,16 +116,18 @@ class Tolerance(Asked, frozen=True, omit_defaults=True):
     LOWER: ClassVar[tuple[str, ...]] = ("sqnr_db", "cosine", "agreement")
     SHARES: ClassVar[tuple[str, ...]] = ("accuracy_drop", "agreement")
 
+    RANGES: ClassVar[Ranges] = {
+        "max_abs": Range(0),
+        "rel_l2": Range(0),
+        "noise_multiple": Range(0),
+        "accuracy_drop": Range(0, 1),
+        "sqnr_db": Range(-math.inf),
+        "cosine": Range(-1, 1),
+        "agreement": Range(0, 1),
+    }
+
     def __post_init__(self) -> None:
-        for name, bound in self.bounds().items():
-            if not math.isfinite(bound):
-                raise ValueError(f"{name} must be a finite number, found {bound}")
-            if name in self.UPPER and bound < 0:
-                raise ValueError(f"{name} must be 0 or more, found {bound}")
-            if name in self.SHARES and not 0 <= bound <= 1:
-                raise ValueError(f"{name} is a share from 0 to 1, found {bound}")
-            if name == "cosine" and not -1 <= bound <= 1:
-                raise ValueError(f"cosine lies from -1 to 1, found {bound}")
+        Asked.__post_init__(self)
         if self.agreement == 1:
             raise ValueError(
                 "agreement must be below 1, since no number of samples proves that all agree, "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from exporter.records.asked import Timing, check_seed
-from exporter.records.base import MOST_THREADS, Asked, Found, Verdict, worst
+from exporter.records.asked import SEED, Timing
+from exporter.records.base import MOST_THREADS, Asked, Found, Ranges, Verdict, worst
 from exporter.records.latency import Latency
 from exporter.records.worth import Comparison
 
@@ -32,7 +32,10 @@ class BenchAsked(Asked, frozen=True):
     loads: int = 5
     seed: int = 0
 
+    RANGES: ClassVar[Ranges] = {"seed": SEED}
+
     def __post_init__(self) -> None:
+        Asked.__post_init__(self)
         for name, values in (("batch", self.batches), ("threads", self.threads)):
             if any(value < 1 for value in values):
                 raise ValueError(f"{name} must be 1 or more, found {min(values)}")
@@ -49,7 +52,6 @@ class BenchAsked(Asked, frozen=True):
                 raise ValueError(f"{name} must be above 0 and below 1e6, found {value:g}")
         if not 1 <= self.loads <= _MOST_LOADS:
             raise ValueError(f"loads must be from 1 to {_MOST_LOADS}, found {self.loads}")
-        check_seed(self.seed)
 
 
 class Checked(Found, frozen=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.cores import usable_cores
 from exporter.errors import BuildError, InputRefused
-from exporter.records import Array, Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
+from exporter.records import THREADS, Array, Execution, Feed, Kernel, OnnxModel, Outputs, Ranges
 from exporter.runtimes import _ort_audit
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import (
@@ -52,8 +52,7 @@ class OnnxRuntime(Plugin, frozen=True):
     device: ClassVar[str]
     provider_options: ClassVar[dict[str, str]] = {}
 
-    def __post_init__(self) -> None:
-        check_threads("threads", self.threads)
+    RANGES: ClassVar[Ranges] = {"threads": THREADS}
 
     def missing(self, action: Action) -> str | None:
         try:

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError, GraphError
-from exporter.records import Execution, Feed, OnnxModel, Outputs, check_threads
+from exporter.records import THREADS, Execution, Feed, OnnxModel, Outputs, Ranges
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import read_graph
 
@@ -37,8 +37,7 @@ class PyTorch(Plugin, frozen=True):
     threads: int = 0
     channels_last: bool = False
 
-    def __post_init__(self) -> None:
-        check_threads("threads", self.threads)
+    RANGES: ClassVar[Ranges] = {"threads": THREADS}
 
     def missing(self, action: Action) -> str | None:
         try:

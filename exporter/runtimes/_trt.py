@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError
-from exporter.records import Execution, Feed, OnnxModel, Outputs
+from exporter.records import Execution, Feed, OnnxModel, Outputs, Range, Ranges
 from exporter.runtimes import _cuda, _device, _engine
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import check_quantisation, read_graph
@@ -38,9 +38,7 @@ class TensorRt(Plugin, frozen=True):
 
     package: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        if self.workspace_mib < 1:
-            raise ValueError(f"workspace_mib must be 1 or more, found {self.workspace_mib}")
+    RANGES: ClassVar[Ranges] = {"workspace_mib": Range(1, 1 << 20)}
 
     def _missing_package(self) -> str | None:
         try:

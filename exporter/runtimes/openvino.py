@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.errors import BuildError, InputRefused, RuntimeMissing
-from exporter.records import Execution, Feed, Kernel, OnnxModel, Outputs, check_threads
+from exporter.records import THREADS, Execution, Feed, Kernel, OnnxModel, Outputs, Ranges
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import has_float8, read_graph
 from exporter.runtimes._openvino import executed, kernel_times
@@ -36,8 +36,10 @@ class OpenVino(Plugin, frozen=True):
     threads: int = 0
     device: str = "CPU"
 
+    RANGES: ClassVar[Ranges] = {"threads": THREADS}
+
     def __post_init__(self) -> None:
-        check_threads("threads", self.threads)
+        Plugin.__post_init__(self)
         if self.device.partition(":")[0] in _CHOOSE_ALONE:
             raise ValueError(f"device {self.device!r} chooses by itself where to run: name one")
         if not re.fullmatch(r"[A-Z]+(\.[0-9]+)?", self.device):

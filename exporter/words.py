@@ -11,6 +11,12 @@ def quoted(name: object) -> str:
     return repr(text) if len(text) <= LONGEST else f"{text[:LONGEST]!r}…"
 
 
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut where that is too long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
 def plain(name: object, *, most: int = LONGEST) -> str:
     """Return a name as it is where it prints on one line, and otherwise escaped."""
     text = str(name)

@@ -15,8 +15,8 @@ and a single channel that is a little off stands out. The first layer beyond the
 artefact leaves the graph.
 
 LIMIT is 4. The noise is one standard deviation of the worst order of summation, and figures are
-taken over many values, so an honest artefact stays near or below 1; in 2,100 honest runs the worst
-was 1.8 end to end, and 3.3 in a channel of one value (`make mutation`).
+taken over many values, so an honest artefact stays near or below 1; in 3,000 honest runs the worst
+was 1.9 end to end, and 3.3 in a channel of one value (`make mutation`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from quantisation import PLAIN
+from quantisation import PLAIN, reached
 
 from exporter.emulation import Emulator
 from exporter.fidelity import (
@@ -102,15 +102,10 @@ def test_an_honest_run_in_half_is_right(half_io):
         assert first_deviation(errors(half, found | {"x": X})) is None
 
 
-class Seen:
-    def __init__(self, amax: float) -> None:
-        self.amax = amax
-
-
 def quantised(**more) -> onnx.ModelProto:
     return (
         Int8(linear=True, **PLAIN, **more)
-        .convert(network(), {"x": Seen(3.0), "f": Seen(2.0)}, X[:0])
+        .convert(network(), {"x": reached(3.0), "f": reached(2.0)}, X[:0])
         .model
     )
 

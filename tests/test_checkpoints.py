@@ -415,11 +415,11 @@ def test_a_file_of_weights_may_be_called_anything(held, tmp_path, monkeypatch):
         save_file(state, path)
     else:
         torch.save(state, path)
-        monkeypatch.setattr(isolated, "_run", loaded_here)
+        monkeypatch.setattr(isolated, "run_isolated", loaded_here)
     assert read_checkpoint(path).tensors.keys() == {(key,) for key in state}
 
 
-def loaded_here(stream, folder, memory, seconds):
+def loaded_here(script, stream, folder, *limits, **words):
     """Do what the process does, in this one, without limits."""
     stream.seek(0)
     found = _child.named_tensors(_child.load(stream), os.fstat(stream.fileno()).st_size)

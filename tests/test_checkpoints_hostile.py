@@ -146,7 +146,7 @@ def test_pytorch_alone_fires_no_canary_either(canaries, files):
 UNGUARDED = """
 import torch
 from exporter.checkpoints import _child
-_child.limit(1 << 28, 100)
+_child.limit(1 << 28, written=1 << 28, seconds=100, files=64)
 def load(path): return _child.load(path.open("rb"))
 """
 # In these PyTorch reads the good part, and nothing of the bad one: which one it takes is luck.

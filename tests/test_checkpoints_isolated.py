@@ -156,7 +156,7 @@ def test_an_interrupt_ends_it_and_leaves_nothing(process, scratch, tmp_path, sig
 def test_memory_files_and_time_have_limits(tmp_path, code, said):
     program = (
         f"import sys; sys.path.insert(0, {str(Path(_child.__file__).parent)!r}); import _child\n"
-        "_child.limit(64 << 20, 1)\n"
+        "_child.limit(64 << 20, written=64 << 20, seconds=1, files=64)\n"
         f"try:\n    {code}\n    print('done')\nexcept Exception as error:\n"
         "    print(type(error).__name__)"
     )

@@ -6,7 +6,7 @@ It leaves FOLDER/tensors.safetensors, whose keys are numbers, and FOLDER/outcome
 name of each: the keys of the dicts that it was in, outermost first. Or outcome.json says what was
 refused. MEMORY is in bytes, beyond what PyTorch itself takes.
 
-It imports nothing of the package, so that the package need not be where it is run.
+It imports nothing of the package but `exporter.limits`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import json
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+sys.path.append(str(Path(__file__).parents[2]))  # where the package is
+
+from exporter.limits import limit
 
 if TYPE_CHECKING:
     import torch
@@ -92,25 +95,6 @@ def _in_words(loaded: Any) -> str:
     return f"it holds a {type(loaded).__name__}, and no tensors with names"
 
 
-def limit(memory: int, seconds: int) -> None:
-    """Bound what this process can take from now on, where the system can."""
-    with suppress(ImportError):  # Windows has none of it
-        import resource
-
-        limits = {
-            resource.RLIMIT_CPU: seconds,
-            resource.RLIMIT_FSIZE: memory,
-            resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_NOFILE: _OPEN_FILES,
-        }
-        with suppress(OSError):  # Linux alone says what is taken so far
-            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-            limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + memory
-        for which, value in limits.items():
-            with suppress(ValueError, OSError):  # a lower one is in force already
-                resource.setrlimit(which, (value, value))
-
-
 def _no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
@@ -123,7 +107,7 @@ def main(folder: Path, memory: int, seconds: int) -> None:
     stream = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - it is the process's own
     size = stream.seek(0, 2)
     stream.seek(0)
-    limit(memory, seconds)
+    limit(memory, written=memory, seconds=seconds, files=_OPEN_FILES)
     outcome: dict[str, Any]
     try:
         found = named_tensors(load(stream), size)

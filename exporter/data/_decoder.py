@@ -6,7 +6,7 @@ A request is a byte, ``p`` for pixels or ``d`` for the digest alone, then 8 byte
 size, then the image. An answer is 4 bytes with the size of what follows, JSON, then the pixels if
 they were asked for: height × width × channels, one byte each.
 
-It imports nothing of the package, so that the package need not be where it is run.
+It imports nothing of the package but `exporter.limits`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+sys.path.append(str(Path(__file__).parents[2]))  # where the package is
+
+from exporter.limits import limit
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of them calls a program
 _DEEP = re.compile(r"^(I|F|(RGB[AX]?|LA?|CMYK);16.*|I;16.*)$")
@@ -181,21 +185,6 @@ def answer(data: bytes, settings: dict[str, Any], *, pixels: bool) -> bytes:
     return struct.pack(">I", len(text)) + text + payload
 
 
-def limit(most_pixels: int) -> None:
-    """Bound what this process can take from now on, where the system can."""
-    with suppress(ImportError):  # Windows has none of it
-        import resource
-
-        limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
-        with suppress(OSError):  # Linux alone says what is taken so far
-            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-            taken = pages * resource.getpagesize()
-            limits[resource.RLIMIT_AS] = taken + _MEMORY + _BYTES_PER_PIXEL * most_pixels
-        for which, value in limits.items():
-            with suppress(ValueError, OSError):  # a lower one is in force already
-                resource.setrlimit(which, (value, value))
-
-
 def alarm(seconds: float) -> None:
     """Have the system end this process after so long, even inside a decoder; 0 calls it off."""
     with suppress(ImportError, AttributeError):
@@ -208,7 +197,7 @@ def main(settings: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     Image.init()
-    limit(settings["max_pixels"])
+    limit(_MEMORY + _BYTES_PER_PIXEL * settings["max_pixels"], written=0)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while kind := requests.read(1):
         (size,) = struct.unpack(">Q", requests.read(8))

@@ -6,7 +6,7 @@ It leaves FOLDER/outcome.json: ``{}``, or what was refused. MEMORY is in bytes, 
 libraries take. With RUN the path of the model, it is also loaded by ONNX Runtime and run once on
 zeros, a batch of one; RUN is empty for one that is not.
 
-It imports nothing of the package, so that the package need not be where it is run.
+It imports nothing of the package but `exporter.limits`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.append(str(Path(__file__).parents[2]))  # where the package is
+
+from exporter.limits import limit
+
 if TYPE_CHECKING:
     import onnx
 
 LARGEST_TENSOR = 4 << 30  # bytes
 _SMALL = 1024  # elements of a constant that may say what a shape is
 _OPEN_FILES = 128
+_WRITTEN = 1 << 20  # bytes of a file
 
 
 class Refused(Exception):
@@ -129,25 +134,6 @@ _NUMPY = {
 }
 
 
-def limit(memory: int, seconds: int) -> None:
-    """Bound what this process can take from now on, where the system can."""
-    with suppress(ImportError):  # Windows has none of it
-        import resource
-
-        limits = {
-            resource.RLIMIT_CPU: seconds,
-            resource.RLIMIT_FSIZE: 1 << 20,
-            resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_NOFILE: _OPEN_FILES,
-        }
-        with suppress(OSError):  # Linux alone says what is taken so far
-            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-            limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + memory
-        for which, value in limits.items():
-            with suppress(ValueError, OSError):  # a lower one is in force already
-                resource.setrlimit(which, (value, value))
-
-
 def _no_memory(error: BaseException) -> bool:
     words = ("bad_alloc", "Failed to allocate", "bad allocation")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -160,7 +146,7 @@ def main(folder: Path, memory: int, seconds: int, run: str) -> None:
         import onnxruntime  # noqa: F401 - as above
     outcome: dict[str, Any] = {}
     stage = "error"
-    limit(memory, seconds)
+    limit(memory, written=_WRITTEN, seconds=seconds, files=_OPEN_FILES)
     try:
         with open(0, "rb", closefd=False) as stream:
             stream.seek(0)

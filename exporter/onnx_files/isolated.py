@@ -1,20 +1,16 @@
 """An ONNX file parsed, checked, and where it is to run, run once, in a process that may fall over.
 
-As for a checkpoint (`exporter.checkpoints.isolated`), with limits on memory, time, and what it may
-write and open. Nothing comes back but words.
+See `exporter.isolation`. Nothing comes back but words.
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from exporter.errors import InputRefused, OutOfMemory
+from exporter.errors import InputRefused
+from exporter.isolation import run_isolated
 from exporter.words import plain, quoted
 
 MEMORY = 512 << 20  # what parsing takes besides the file
@@ -35,11 +31,8 @@ def check_isolated(stream: BinaryIO, size: int, *, run: Path | None, outside: in
     memory = MEMORY + _COPIES * size + (RUN_MEMORY + _COPIES * outside if run else 0)
     seconds = SECONDS + (size + outside) // _SLOWEST
     with TemporaryDirectory() as name:
-        outcome = _run(stream, Path(name), memory, seconds, str(run.resolve()) if run else "")
-    if "memory" in outcome:
-        raise _too_large(memory)
-    if "refused" in outcome:
-        raise InputRefused(str(outcome["refused"]))
+        path = str(run.resolve()) if run else ""
+        outcome = run_isolated(_CHILD, stream, Path(name), memory, seconds, path, verb="check")
     if "error" in outcome:
         raise InputRefused(f"not a sound ONNX model: {_said(outcome['error'])}")
     if "not run" in outcome and outcome["unknown"]:
@@ -50,45 +43,6 @@ def check_isolated(stream: BinaryIO, size: int, *, run: Path | None, outside: in
         )
 
 
-def _run(stream: BinaryIO, folder: Path, memory: int, seconds: int, run: str) -> dict[str, Any]:
-    """Return what the process says of the file. It is gone when this returns or raises."""
-    said = folder / "stderr.txt"
-    with said.open("wb") as stderr:
-        process = subprocess.Popen(  # noqa: S603 - our own script, and a file that it only reads
-            [sys.executable, "-P", str(_CHILD), str(folder), str(memory), str(seconds), run],
-            stdin=stream,  # which it reads from the beginning, and shares the position of
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            cwd=folder,
-            start_new_session=True,  # Ctrl-C comes to this process, which then ends that one
-        )
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired as error:
-        raise InputRefused(
-            f"made to do harm, or the machine is busy: after {seconds} seconds it was not checked"
-        ) from error
-    finally:
-        process.kill()
-        process.wait()
-    try:
-        return dict(json.loads((folder / "outcome.json").read_bytes()))
-    except (OSError, ValueError) as error:
-        last = said.read_text("utf-8", "replace").strip().rpartition("\n")[2]
-        if "bad_alloc" in last or "MemoryError" in last:
-            raise _too_large(memory) from error
-        ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        raise InputRefused(
-            f"the process that checks it ended with {ended}{': ' if last else ''}{plain(last)}"
-        ) from error
-
-
 def _said(error: object) -> str:
     """Return what a library says is wrong, on one line and without the exception's name."""
     return plain(" ".join(str(error).partition(": ")[2].split()), most=200).rstrip(".")
-
-
-def _too_large(memory: int) -> OutOfMemory:
-    return OutOfMemory(
-        f"checking it takes more than the {memory / 1e6:,.0f} MB that a file of its size can need"
-    )

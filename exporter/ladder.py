@@ -38,6 +38,7 @@ from exporter.parity import compare_outputs
 from exporter.records import Array, Artefact, Fidelity, LayerError, Parity, Rung
 from exporter.reference import TorchSession
 from exporter.samples import feeds
+from exporter.steps import across
 
 if TYPE_CHECKING:
     import onnx
@@ -169,9 +170,9 @@ class Ladder:
             values = self.source.emulator.run(inputs, watch=every)
         found = {**feed, **{name: value.numpy() for name, value in values.items()}}
         for name, divisor in made.divisors.items():
-            found[name] = found[name] / _by_channel(divisor, found[name])
+            found[name] = found[name] / across(divisor, found[name].ndim)
         for name, (old, constant) in made.offsets.items():
-            found[name] = found[old] - _by_channel(constant, found[old])
+            found[name] = found[old] - across(constant, found[old].ndim)
         for step in asked.emulator.steps:  # what a cast at the edge reads has a name of its own
             if step.op == "Cast" and step.writes[0] in found:
                 found.setdefault(step.reads[0], found[step.writes[0]])
@@ -336,11 +337,6 @@ class Ladder:
             flips_top=_flips(got, top),
             fidelity=fidelity,
         )
-
-
-def _by_channel(constant: Array, tensor: Array) -> Array:
-    """Return one number, or one per channel so that it meets them."""
-    return constant.reshape(-1, *[1] * (tensor.ndim - 2)) if constant.ndim else constant
 
 
 def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Array]:

@@ -65,6 +65,11 @@ def steps_for(kind: Kind, low: Array, high: Array, samples: int, headroom: float
     return Held(width, np.rint((least + most) / (2 * width) + 0.5).astype(np.int64))
 
 
+def levels(kind: Kind) -> int:
+    """Return how many steps lie above 0 where magnitudes are cut off at a threshold."""
+    return UNSIGNED if kind == "unsigned" else HIGH
+
+
 def reach(kind: Kind, low: Array, high: Array) -> Array:
     """Return how far each channel goes from the middle of its steps, (C,)."""
     import numpy as np
@@ -73,3 +78,8 @@ def reach(kind: Kind, low: Array, high: Array) -> Array:
     if kind != "channel":
         found = np.maximum(np.maximum(high, -low), 0.0)
     return found
+
+
+def across(values: Array, axes: int) -> Array:
+    """Return one number, or one per channel so that it meets a tensor of so many axes."""
+    return values.reshape(-1, *[1] * (axes - 2)) if values.ndim else values

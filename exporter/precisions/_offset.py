@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from exporter.precisions._qdq import INT8, Pairs
 from exporter.precisions._signs import bound, cuts_below_zero, never_negative
 from exporter.records import Array
-from exporter.steps import Held, Kind
+from exporter.steps import Held, Kind, across
 
 if TYPE_CHECKING:
     import onnx
@@ -39,8 +39,7 @@ class _Offset(NamedTuple):
     @property
     def across(self) -> Array:
         """Return it as float32 that meets the tensor's channels."""
-        values: Array = self.values.astype("float32")
-        return values.reshape(-1, *[1] * (self.axes - 2)) if values.ndim else values
+        return across(self.values.astype("float32"), self.axes)
 
 
 class Offsets(Pairs):

@@ -43,7 +43,7 @@ from exporter.precisions._qdq import (
     sound_scale,
 )
 from exporter.records import Array, Ranges
-from exporter.steps import HIGH, LOW, UNSIGNED, Held, steps_for
+from exporter.steps import LOW, Held, levels, steps_for
 
 if TYPE_CHECKING:
     import onnx
@@ -168,16 +168,16 @@ class Int8(Plugin, frozen=True):
         kind = writer.kinds.get(name, "signed")
         if self.calibrator == "max":
             return steps_for(kind, seen.channel_low, seen.channel_high, seen.samples)
-        levels, zero = (UNSIGNED, -LOW) if kind == "unsigned" else (HIGH, 0)
-        reached = threshold(self.calibrator, seen, self.percentile, levels=levels)
-        return Held(reached / levels, np.array(zero))
+        above = levels(kind)
+        reached = threshold(self.calibrator, seen, self.percentile, levels=above)
+        return Held(reached / above, np.array(-LOW if kind == "unsigned" else 0))
 
     def _quantise_all(self, writer: Integers, plan: Plan | None, statistics: Statistics) -> None:
         def reach(name: str) -> float | None:
-            levels = UNSIGNED if name in writer.unsigned else HIGH
+            above = levels(writer.kinds.get(name, "signed"))
             if plan is not None:
-                return plan.steps[name].width * levels if name in plan.steps else None
-            return threshold(self.calibrator, statistics[name], self.percentile, levels=levels)
+                return plan.steps[name].width * above if name in plan.steps else None
+            return threshold(self.calibrator, statistics[name], self.percentile, levels=above)
 
         if plan is None:
             writer.quantise(reach, {}, {})

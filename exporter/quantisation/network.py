@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exporter.contracts import TensorStatistics
 from exporter.emulation import Emulator, Step, Values
+from exporter.emulation.operators import along
 from exporter.steps import HIGH, LOW, Held, Kind, Steps, steps_for
 
 if TYPE_CHECKING:
@@ -185,4 +186,4 @@ def is_cut_off(x: Tensor, steps: Steps) -> Tensor:
 
 def _along(part: float | Tensor, x: Tensor) -> float | Tensor:
     """Return one number, or one per channel so that it meets them."""
-    return part.reshape(-1, *[1] * (x.ndim - 2)) if isinstance(part, Tensor) else part
+    return along(part, x, 1) if isinstance(part, Tensor) else part

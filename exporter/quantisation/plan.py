@@ -34,7 +34,7 @@ from exporter.quantisation.network import Network
 from exporter.quantisation.observe import Observed, describe, measured_error, observe, peak
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
-from exporter.steps import HIGH, UNSIGNED, Held, Steps
+from exporter.steps import Held, Steps, levels
 
 if TYPE_CHECKING:
     import onnx
@@ -184,10 +184,10 @@ def _thresholds(
     """
 
     def cut(calibrator: str, tensor: str) -> Steps:
-        levels = UNSIGNED if state.network.kind(tensor) == "unsigned" else HIGH
+        above = levels(state.network.kind(tensor))
         seen = state.statistics[tensor]
-        reached = threshold(calibrator, seen, switches.percentile, levels=levels)
-        return state.steps[tensor]._replace(width=reached / levels)
+        reached = threshold(calibrator, seen, switches.percentile, levels=above)
+        return state.steps[tensor]._replace(width=reached / above)
 
     if switches.calibrator == "max":
         return state

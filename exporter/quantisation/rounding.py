@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.emulation import Step
+from exporter.emulation.operators import along
 from exporter.steps import Steps
 
 LIMIT = 127
@@ -72,8 +73,7 @@ def second_order(
         taps = weights[0, 0].numel()
         zeros[:] = zero.repeat_interleave(taps).reshape(count, -1) if zero.ndim else zero
         pad = 0 if zero.ndim else -int(zero)
-        along = zero.reshape(-1, *[1] * (inputs.ndim - 2)) if zero.ndim else zero
-        inputs = (inputs / steps.width).round_().sub_(along).to(torch.int8)
+        inputs = (inputs / steps.width).round_().sub_(along(zero, inputs, 1)).to(torch.int8)
     parts = [
         torch.cat(
             [

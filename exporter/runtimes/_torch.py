@@ -10,7 +10,7 @@ bits: quantisers round, halves do not, and all of it is computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import getitem
@@ -123,6 +123,18 @@ class TorchGraph:
         return _Bound(run, tensors, self.outputs, self.threads)
 
 
+def run_graph(run: Run, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Return what a graph gives for one batch. Raises `BuildError` where PyTorch cannot run it."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            return run(*tensors)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise BuildError(f"PyTorch cannot run the graph: {reason}") from error
+
+
 @dataclass(slots=True)
 class _Bound:
     """A batch that is in place, and what the last run of it gave."""
@@ -140,11 +152,7 @@ class _Bound:
         if before != self.threads:
             torch.set_num_threads(self.threads)
         try:
-            with torch.no_grad():
-                self.found = self.run(*self.tensors)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise BuildError(f"PyTorch cannot run the graph: {reason}") from error
+            self.found = run_graph(self.run, self.tensors)
         finally:
             if before != self.threads:
                 torch.set_num_threads(before)

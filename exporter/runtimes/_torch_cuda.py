@@ -22,7 +22,7 @@ from exporter.runtimes import _device
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._cuda import device_name, missing_gpu
 from exporter.runtimes._graph import has_float8, is_quantised, read_graph
-from exporter.runtimes._torch import Run, as_module
+from exporter.runtimes._torch import Run, as_module, run_graph
 
 if TYPE_CHECKING:
     import torch
@@ -147,14 +147,7 @@ class Work:
     found: tuple[Any, ...] = ()
 
     def __call__(self) -> None:
-        import torch
-
-        try:
-            with torch.no_grad():
-                self.found = self.run(*self.tensors)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise BuildError(f"PyTorch cannot run the graph: {reason}") from error
+        self.found = run_graph(self.run, self.tensors)
 
     def outputs(self) -> Outputs:
         return self.graph.read(self.found)

@@ -49,7 +49,7 @@ def choose_calibration(
 def _others(judged: DataSet) -> Samples:
     """Return samples that are on the network's scale."""
     if isinstance(judged, BuiltIn):
-        return judged.part("train").samples
+        return judged.load("train")
     part = judged.part("held-out").samples
     return part._replace(inputs=part.inputs[:_USUAL])
 
@@ -57,10 +57,10 @@ def _others(judged: DataSet) -> Samples:
 def _draw(data: DataSet, input: TensorSpec, profile: Profile) -> Part:
     """Return so many samples for calibration: of built-in ones by position, else by content."""
     wanted = profile.calibration
-    part = data.part("train")
     if isinstance(data, BuiltIn):
-        drawn = samples.draw(part.samples, count=wanted.images, seed=wanted.seed)
+        drawn = samples.draw(data.load("train"), count=wanted.images, seed=wanted.seed)
         return Part(drawn, tuple(digests(drawn.inputs)), "inputs")
+    part = data.part("train")
     have = len(part.digests)
     if wanted.images > have:
         raise InputRefused(

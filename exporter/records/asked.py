@@ -114,7 +114,6 @@ class Tolerance(Asked, frozen=True, omit_defaults=True):
 
     UPPER: ClassVar[tuple[str, ...]] = ("max_abs", "rel_l2", "noise_multiple", "accuracy_drop")
     LOWER: ClassVar[tuple[str, ...]] = ("sqnr_db", "cosine", "agreement")
-    SHARES: ClassVar[tuple[str, ...]] = ("accuracy_drop", "agreement")
 
     RANGES: ClassVar[Ranges] = {
         "max_abs": Range(0),

@@ -50,8 +50,8 @@ def _others(judged: DataSet) -> Samples:
     """Return samples that are on the network's scale."""
     if isinstance(judged, BuiltIn):
         return judged.load("train")
-    part = judged.part("held-out").samples
-    return part._replace(inputs=part.inputs[:_USUAL])
+    found = judged.load("held-out")
+    return found._replace(inputs=found.inputs[:_USUAL])
 
 
 def _draw(data: DataSet, input: TensorSpec, profile: Profile) -> Part:

@@ -61,8 +61,12 @@ class Given:
     record: DataRecord
     numbers: dict[Split, list[int]]
 
-    def part(self, split: Split) -> Part:
+    def load(self, split: Split) -> Samples:
         """Return one split, which may be empty."""
+        return self.part(split).samples
+
+    def part(self, split: Split) -> Part:
+        """Return one split, with what tells its samples apart."""
         import numpy as np
 
         chosen = np.array(self.numbers[split], np.int64)

@@ -133,7 +133,7 @@ def _validation(job: Job, count: int) -> Samples:
     """
     import numpy as np
 
-    training = job.data.part("train").samples
+    training = job.data.load("train")
     drawn = job.calibration.inputs if job.calibration else training.inputs[:0]
     taken = {_digest(sample) for sample in drawn}
     order = np.random.RandomState(job.profile.calibration.seed).permutation(len(training.inputs))

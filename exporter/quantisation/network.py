@@ -97,13 +97,14 @@ class Network:
         steps: Mapping[str, Steps] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         *,
-        offsets: Mapping[str, Tensor] | None = None,
+        offsets: Values | None = None,
         watch: Sequence[str] = (),
     ) -> Values:
         """Return the output and the tensors to ``watch`` for one batch.
 
         ``steps`` quantises tensors where they are read so, ``weights`` replaces constants, and
-        ``offsets`` are added to tensors where they are read quantised.
+        ``offsets`` are added to tensors where they are read quantised: one that is not there is put
+        there, as zeros to differentiate by.
         """
         constants = {**self.emulator.constants, **(weights or {})}
         values: Values = {self.input: x}
@@ -154,14 +155,15 @@ def parts(samples: int) -> int:
 
 
 def _as_read(
-    value: Tensor,
-    name: str,
-    steps: Mapping[str, Steps] | None,
-    offsets: Mapping[str, Tensor] | None,
+    value: Tensor, name: str, steps: Mapping[str, Steps] | None, offsets: Values | None
 ) -> Tensor:
     if steps is not None and name in steps:
         value = fake_quantise(value, steps[name])
-    return value if offsets is None else value + offsets[name]
+    if offsets is None:
+        return value
+    if name not in offsets:
+        offsets[name] = torch.zeros_like(value, requires_grad=True)
+    return value + offsets[name]
 
 
 def as_steps(held: Held) -> Steps:

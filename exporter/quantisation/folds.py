@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exporter.contracts import Progress
 from exporter.digests import folds
-from exporter.quantisation.equalisation import factors
+from exporter.quantisation.equalisation import Factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
 from exporter.quantisation.network import Network, as_steps
@@ -34,9 +34,15 @@ class Folds:
     """Ranges from all folds of the samples but one, errors on that one, in turn."""
 
     def __init__(
-        self, network: Network, observed: Observed, samples: Array, groups: Groups
+        self,
+        network: Network,
+        observed: Observed,
+        samples: Array,
+        groups: Groups,
+        factors: Factors,
     ) -> None:
         self._network, self._observed, self._groups = network, observed, groups
+        self._factors = factors
         self._few = len(samples) < _FEW
         count = max(len(low) for low in observed.low.values())
         dealt: dict[int, list[int]] = {}
@@ -85,14 +91,12 @@ class Folds:
 
     def _steps(self, norm: float | None) -> Callable[[int, float], dict[str, Steps]]:
         """Return what gives the steps for a fold, from the ranges of the others, and a headroom."""
-        network, observed = self._network, self._observed
+        network = self._network
         ranges = {fold: self._ranges(fold) for fold in self._samples}
         by_fold = {}
         for fold, seen in ranges.items():
             peaks = {name: peak(network, name, *sides) for name, sides in seen.items()}
-            by_fold[fold] = (
-                {} if norm is None else factors(network, observed, peaks, self._groups, norm)
-            )
+            by_fold[fold] = {} if norm is None else self._factors.best(peaks, norm)
 
         def found(fold: int, headroom: float) -> dict[str, Steps]:
             return {

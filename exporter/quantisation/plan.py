@@ -26,7 +26,7 @@ from torch import Tensor
 from exporter.calibrators import CALIBRATORS, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.digests import digests
-from exporter.quantisation.equalisation import equalise, factors
+from exporter.quantisation.equalisation import Factors, equalise
 from exporter.quantisation.folds import Folds
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import CUT_GAIN, Judge, costs_less, nearest_weights
@@ -145,7 +145,8 @@ def _equalised(
     if not any(groups.of(name) for name in network.tensors):
         judge.skips("equalise", "no tensor can be scaled by channel")
         return state
-    folds = Folds(network, observed, samples, groups)
+    factors = Factors(network, observed, groups)
+    folds = Folds(network, observed, samples, groups, factors)
     norm, headroom = folds.best(progress)
     if norm is None and headroom == 1:
         judge.skips("equalise", "no factors were better on the folds they were not taken from")
@@ -158,7 +159,7 @@ def _equalised(
             name: peak(network, name, low.amin(dim=0), observed.high[name].amax(dim=0))
             for name, low in observed.low.items()
         }
-        by_group = factors(network, observed, peaks, groups, norm)
+        by_group = factors.best(peaks, norm)
         model, divisors = equalise(network, groups, by_group, observed.shapes)
         statistics = recalibrate(model, {n: s.numpy() for n, s in divisors.items()})
         names = [layer.name for layer in network.layers]

@@ -17,7 +17,7 @@ from exporter.digests import folds
 from exporter.quantisation.equalisation import Factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
-from exporter.quantisation.network import Network, as_steps
+from exporter.quantisation.network import Network, Reference, as_steps
 from exporter.quantisation.observe import Observed, peak
 from exporter.steps import Steps, steps_for
 
@@ -40,17 +40,18 @@ class Folds:
         samples: Array,
         groups: Groups,
         factors: Factors,
+        reference: Reference,
     ) -> None:
         self._network, self._observed, self._groups = network, observed, groups
         self._factors = factors
+        self._reference = reference
         self._few = len(samples) < _FEW
         count = max(len(low) for low in observed.low.values())
         dealt: dict[int, list[int]] = {}
         for index, fold in enumerate(folds(samples, count)):
             dealt.setdefault(fold, []).append(index)
-        self._samples = {
-            fold: samples[chosen[: CROSSED // count]] for fold, chosen in dealt.items()
-        }
+        self._judged = {fold: chosen[: CROSSED // count] for fold, chosen in dealt.items()}
+        self._samples = {fold: samples[chosen] for fold, chosen in self._judged.items()}
 
     def best(self, progress: Progress) -> tuple[float | None, float]:
         """Return the norm and the headroom of the smallest error, or None and 1."""
@@ -59,7 +60,7 @@ class Folds:
         first = [(p, h) for p in (None, *NORMS) for h in (HEADROOM if self._few else HEADROOM[:1])]
         count = len(first) + (0 if self._few else 1)
         with progress("int8: cross-validate channel factors", count) as advance:
-            outputs = {fold: self._network.outputs(x) for fold, x in self._samples.items()}
+            outputs = {fold: self._reference.outputs(i) for fold, i in self._judged.items()}
             steps = {norm: self._steps(norm) for norm in (None, *NORMS)}
             tried = {}
             for norm, headroom in first:

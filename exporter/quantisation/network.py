@@ -143,6 +143,21 @@ class Network:
             return torch.cat([part.flatten(1) for part in found]).double()
 
 
+class Reference:
+    """The float network's outputs, computed once for each of the samples that is asked for."""
+
+    def __init__(self, network: Network, samples: Array) -> None:
+        self._network, self._samples = network, samples
+        self._rows: dict[int, Tensor] = {}
+
+    def outputs(self, indices: Sequence[int]) -> Tensor:
+        """Return those of some samples, (samples, outputs) float64."""
+        new = [index for index in indices if index not in self._rows]
+        if new:
+            self._rows |= zip(new, self._network.outputs(self._samples[new]), strict=True)
+        return torch.stack([self._rows[index] for index in indices])
+
+
 def batches(samples: Array, size: int = BATCH) -> Iterator[Tensor]:
     """Yield the samples in order, as tensors."""
     for start in range(0, len(samples), size):

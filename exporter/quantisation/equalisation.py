@@ -113,7 +113,7 @@ def _solve(tensors: Sequence[_Tensor], peaks: Sequence[Array], p: float) -> Arra
     import numpy as np
 
     reached = [np.maximum(peak, _FLOOR * peak.max()) for peak in peaks]
-    s = np.ones_like(reached[0])
+    s: Array = np.ones_like(reached[0])
     for _ in range(_STEPS):
         pulls = [t.pulls(peak, s, p) for t, peak in zip(tensors, reached, strict=True)]
         grows, shrinks = (sum(parts) for parts in zip(*pulls, strict=True))

@@ -91,7 +91,7 @@ class Job:
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
-        _check_memory(spec, profile)
+        _check_memory(spec, profile, own=data is None or str(data) in samples.SPLITS)
         module, origin, loaded = network.build(weights)
         network.check(module, spec)
         needed = any(precision.needs_calibration for precision in precisions.values())
@@ -252,10 +252,14 @@ def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...
     )
 
 
-def _check_memory(spec: TensorSpec, profile: Profile) -> None:
-    """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways."""
+def _check_memory(spec: TensorSpec, profile: Profile, *, own: bool) -> None:
+    """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways.
+
+    Where they are not the model's ``own``, they are read as they are needed.
+    """
     memory = environment.memory_bytes()
-    count = samples.MOST + profile.parity.random + samples.VARIED * max(profile.timing.batches)
+    count = samples.MOST if own else profile.calibration.images
+    count += profile.parity.random + samples.VARIED * max(profile.timing.batches)
     needed = count * prod(spec.shape) * 4
     if memory and needed > memory:
         shape = " × ".join(map(str, spec.shape))

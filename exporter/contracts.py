@@ -54,6 +54,7 @@ class Model(Protocol):
     """A network, the tensors it takes and gives, and where its weights and samples are.
 
     Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
+    One with several outputs has those behind the first as ``more_outputs``: see `outputs_of`.
     """
 
     @property
@@ -62,7 +63,7 @@ class Model(Protocol):
 
     @property
     def output(self) -> TensorSpec:
-        """Return the output."""
+        """Return the output, the first of several."""
 
     @property
     def data(self) -> str:
@@ -74,6 +75,11 @@ class Model(Protocol):
 
     def module(self) -> nn.Module:
         """Return the network, freshly initialised, in eval mode."""
+
+
+def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """Return every output of a network, in the order that it gives them in."""
+    return (model.output, *getattr(model, "more_outputs", ()))
 
 
 class TensorStatistics(Protocol):
@@ -286,5 +292,6 @@ __all__ = [
     "Statistics",
     "TellsKernels",
     "TensorStatistics",
+    "outputs_of",
     "silent",
 ]

@@ -2,7 +2,7 @@
 
 The words come from a command line, or from a program that calls `load_factory`; nothing that was
 read from a file is ever given to it. The factory is called once, with keyword arguments, and its
-network runs once on zeros: what it gives says how many outputs there are.
+network runs once on zeros: what it gives says which outputs there are, and of which shapes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.errors import InputRefused, ProfileError, nearest
 from exporter.given_code import Words, refusing
 from exporter.initial import from_seed
+from exporter.outputs import check_outputs
 from exporter.records import TensorSpec
 from exporter.samples import fitting
 
@@ -37,6 +38,7 @@ class FactoryModel:
     output: TensorSpec
     data: str
     network: nn.Module = field(repr=False)
+    more_outputs: tuple[TensorSpec, ...] = ()
     weights: None = None
 
     def module(self) -> nn.Module:
@@ -55,7 +57,7 @@ def load_factory(
 
     Raises `UnknownName` if there is no such factory, `ProfileError` for an argument that it does
     not take or lacks, and `InputRefused` for all else: code that raises, what is no network, and
-    one that does not make one float32 tensor (N, classes) of (N, *input_shape).
+    one that does not make float32 tensors (N, …) of (N, *input_shape).
     """
     words = Words.of(code)
     if input_shape is None:
@@ -71,41 +73,16 @@ def load_factory(
     _check_network(network, said)
     spec = TensorSpec("input", input_shape)
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+    output, *more = _outputs(network.eval(), spec, said)
     return FactoryModel(
         name=attribute.rpartition(".")[2],
         code=f"{said}({given})",
         args=dict(args),
         input=spec,
-        output=TensorSpec("output", _outputs(network.eval(), spec, said)),
+        output=output,
         data=fitting(input_shape[0]),
         network=network,
-    )
-
-
-def check_output(found: object, *, name: str, batch: int) -> tuple[int, ...]:
-    """Return the shape of what a network gives, without the batch axis.
-
-    Raises `InputRefused` unless that is one float32 tensor, (batch, classes).
-    """
-    import torch
-
-    if isinstance(found, Mapping):
-        keys = ", ".join(map(repr, found))
-        what = f"{len(found)} outputs ({type(found).__name__}: {keys})"
-    elif isinstance(found, list | tuple):
-        what = f"{len(found)} outputs ({type(found).__name__})"
-    elif not isinstance(found, torch.Tensor):
-        what = f"an object of type {type(found).__name__}"
-    elif found.dtype != torch.float32:
-        what = f"a tensor of {str(found.dtype).removeprefix('torch.')}"
-    elif found.ndim != 2 or found.shape[0] != batch or not found.numel():
-        what = f"a tensor of {' × '.join(map(str, found.shape))} for a batch of {batch}"
-    else:
-        return tuple(found.shape[1:])
-    raise InputRefused(
-        f"{name} gives {what}; only networks that give one float32 tensor, (N, classes), can be "
-        "judged so far",
-        hint="export a module of your own that calls it and returns one such tensor",
+        more_outputs=tuple(more),
     )
 
 
@@ -169,8 +146,8 @@ def _check_network(network: object, said: str) -> None:
             )
 
 
-def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[int, ...]:
-    """Return the shape of the network's outputs. Raises `InputRefused`."""
+def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[TensorSpec, ...]:
+    """Return the network's outputs. Raises `InputRefused`."""
     import torch
 
     shape = " × ".join(map(str, spec.shape))
@@ -182,4 +159,4 @@ def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[int, ...]
     )
     with taking, torch.inference_mode():
         found = network(torch.zeros(_BATCH, *spec.shape))
-    return check_output(found, name=said, batch=_BATCH)
+    return check_outputs(found, name=said, batch=_BATCH, taken=spec.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.calibration import calibrate, convergence
-from exporter.contracts import Converted, Precision, Progress
+from exporter.contracts import Converted, Precision, Progress, outputs_of
 from exporter.errors import GraphError
 from exporter.job import Job
 from exporter.records import Array, OnnxModel
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
     """Write the folded network to ``path`` as the FP32 graph. Raises `GraphError`."""
+    output, *more = outputs_of(job.model)
     return export_onnx(
         folded,
         path,
         input=job.input,
-        output=job.model.output,
+        output=output,
+        more_outputs=more,
         batch=job.profile.batch,
         opset=job.profile.opset,
     )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.checkpoints import read_checkpoint
-from exporter.contracts import Model
+from exporter.contracts import Model, outputs_of
 from exporter.errors import InputRefused
-from exporter.factories import FactoryModel, check_output
+from exporter.factories import FactoryModel
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
+from exporter.outputs import check_outputs
 from exporter.plugins import load_model
 from exporter.records import TensorSpec
 from exporter.weights import Loaded, fit_weights
@@ -115,10 +116,13 @@ class Network(NamedTuple):
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputRefused(f"{self.name} cannot take an input of {shape}: {reason}") from error
-        gives = check_output(found, name=self.name, batch=1)
-        if gives != self.model.output.shape:
-            wanted = " × ".join(map(str, self.model.output.shape))
-            raise InputRefused(f"{self.name} says that it gives {wanted} values, not {gives[0]}")
+        gives = check_outputs(found, name=self.name, batch=1, taken=spec.name)
+        wanted, got = ([one.shape for one in side] for side in (outputs_of(self.model), gives))
+        if wanted != got:
+            said, found = (
+                " and ".join(" × ".join(map(str, s)) for s in side) for side in (wanted, got)
+            )
+            raise InputRefused(f"{self.name} says that it gives {said} values, not {found}")
 
 
 def code_of(model: Model) -> str | None:

@@ -29,7 +29,7 @@ from exporter.ladder import Asked, Ladder, Truth
 from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, DataRecord, Report, Variant
+from exporter.records import Array, Artefact, DataRecord, Report, TensorSpec, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import is_intact, read_bundle
@@ -73,7 +73,7 @@ def check_bundle(
         load_profile(folder / "profile.toml"),
         weights=weights,
         input_shape=before.source.input.shape,
-        classes=before.source.output.shape[0] if before.source.output.shape else None,
+        classes=_classes(before),
         calibration=calibration,
         data=data,
         progress=progress,
@@ -126,8 +126,20 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
 
 
+def _classes(before: Report) -> int | None:
+    """Return how many classes a bundle's network was asked to tell apart, if it does that alone."""
+    only = before.source.outputs
+    return only[0].shape[0] if len(only) == 1 and only[0].has_classes else None
+
+
 def _check_sources(job: Job, before: Report) -> None:
-    """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
+    """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report.
+
+    And the network gives what it gave.
+    """
+    if job.output_specs != before.source.outputs:
+        then, now = (_said(specs) for specs in (before.source.outputs, job.output_specs))
+        raise InputRefused(f"the bundle's network gives {then}, and this one {now}")
     wanted, found = before.source.weights_sha256, job.loaded.sha256
     if wanted != found:
         raise InputRefused(
@@ -150,6 +162,10 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
+
+
+def _said(outputs: tuple[TensorSpec, ...]) -> str:
+    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in outputs)
 
 
 def _check_data(found: DataRecord | None, before: DataRecord | None) -> None:
@@ -230,7 +246,8 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             read_graph(path),
             name,
             input=bundle.job.input,
-            output=bundle.job.model.output,
+            output=bundle.job.output_specs[0],
+            more_outputs=bundle.job.output_specs[1:],
             dtypes=("float32", "float16"),
         )
     elif name not in bundle.intact:
@@ -248,14 +265,14 @@ def _search(
     surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
-    truth = TorchSession.of(job.module, job.model.output.name, double=True)
+    truth = TorchSession.of(job.module, *job.output_names, double=True)
     what = f"{artefact.name}: search the worst case"
     with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(
             artefact.name,
             reference=source,
             surrogate=surrogate,
-            output=job.model.output.name,
+            outputs=job.output_specs,
             samples=job.held_out.inputs,
             on_samples=(bundle.ladder.truth.held_out, bundle.ladder.outputs[artefact.name]),
             run_reference=partial(job.outputs, truth),

@@ -160,7 +160,8 @@ def test_what_was_asked_for_passes_in_every_layer(judge, asked, name):
 def test_figures_of_a_rung_follow_from_its_outputs(judge, ladder, asked):
     judge("fp32", asked["fp32"].model)
     rung = judge("int8", asked["int8"].model).rung
-    got, over, top = (ladder.outputs[name] for name in ("int8 on ort-cpu", "fp32 on ort-cpu", TOP))
+    rungs = ("int8 on ort-cpu", "fp32 on ort-cpu", TOP)
+    got, over, top = (ladder.outputs[name]["logits"] for name in rungs)
     assert rung.above == "fp32 on ort-cpu"
     assert rung.error_above == pytest.approx(np.linalg.norm(got - over) / np.linalg.norm(over))
     assert rung.error_top == pytest.approx(np.linalg.norm(got - top) / np.linalg.norm(top))
@@ -180,7 +181,7 @@ def test_the_rungs_in_pytorch_are_its_own_error_and_the_fold(ladder, tiny_module
 
 
 def test_a_fold_that_is_wrong_fails_before_anything_is_exported(ladder):
-    off = tuple(part * (1 + 1e-4) for part in ladder.truth.folded)
+    off = tuple({"logits": part["logits"] * (1 + 1e-4)} for part in ladder.truth.folded)
     truth = dataclasses.replace(ladder.truth, folded=off)
     wrong = Ladder(ladder.job, truth, ladder.source)
     assert wrong.pytorch_rungs()[1].fidelity.verdict == "fail"

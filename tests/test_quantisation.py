@@ -188,7 +188,9 @@ def test_the_gain_of_a_tensor_is_that_of_its_quantised_reads_by_its_jacobian(pla
 
     def outputs(offset: torch.Tensor) -> torch.Tensor:
         offsets = {n: torch.zeros(1) for n in network.tensors} | {name: offset}
-        return network.run(torch.from_numpy(sample), offsets=offsets)[network.output][0]
+        return network.run(torch.from_numpy(sample), offsets=offsets)[network.emulator.outputs[0]][
+            0
+        ]
 
     value = network.run(torch.from_numpy(sample), watch=[name])[name]
     jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros_like(value))

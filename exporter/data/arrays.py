@@ -41,10 +41,13 @@ class Stored(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What samples must be: (C, H, W), the number of classes, and what pixels mean."""
+    """What samples must be: (C, H, W), the number of classes, and what pixels mean.
+
+    Where there are no classes, labels are left alone.
+    """
 
     shape: tuple[int, ...]
-    classes: int
+    classes: int | None
     preprocess: Preprocess
 
 
@@ -126,14 +129,17 @@ def gather(name: str, kind: str, stored: Stored, labels: Array | None, asked: As
     samples = Lazy(lambda chosen: prepare(stored.rows(chosen)), stored.shape[0], asked.shape)
     digests = look(name, samples, raw=None if pixels else stored.rows)
     mean, std = asked.preprocess.mean, asked.preprocess.std
+    classes = None if labels is None else asked.classes
+    if labels is not None and classes is not None:
+        labels = check_labels(name, labels, len(samples), classes)
     return Gathered(
         kind=kind,
         name=name,
         samples=samples,
         digests=digests,
         by="inputs",
-        labels=None if labels is None else check_labels(name, labels, len(samples), asked.classes),
-        classes=None if labels is None else asked.classes,
+        labels=None if classes is None else labels,
+        classes=classes,
         preprocessing=f"uint8, (p/255 − {mean}) / {std}" if pixels else "none: as they are stored",
     )
 

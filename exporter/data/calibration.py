@@ -21,7 +21,7 @@ def choose_calibration(
     judged: DataSet,
     model_data: str,
     input: TensorSpec,
-    output: TensorSpec,
+    output: TensorSpec | None,
     profile: Profile,
 ) -> Part:
     """Return the samples that set the scales.

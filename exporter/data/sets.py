@@ -83,14 +83,15 @@ def open_data(
     words: str | Path | None,
     model_data: str,
     input: TensorSpec,
-    output: TensorSpec,
+    output: TensorSpec | None,
     profile: Profile,
     *,
     whole: Split | None = None,
 ) -> DataSet:
     """Return the data that the words name, or the model's own.
 
-    ``whole`` is the split that all samples go to, where they are not to be divided. Raises
+    ``output`` is the classification that labels are of, None where there is none, and ``whole`` the
+    split that all samples go to, where they are not to be divided. Raises
     `InputRefused` for data that cannot be read, or do not fit the network's input and classes.
     """
     if words is None or str(words) in SPLITS:
@@ -110,18 +111,19 @@ def open_data(
     return Given(gathered, _record(gathered, numbers), numbers)
 
 
-def gather(words: str, input: TensorSpec, output: TensorSpec, profile: Profile) -> Gathered:
+def gather(words: str, input: TensorSpec, output: TensorSpec | None, profile: Profile) -> Gathered:
     """Return the samples that the words name, undivided. Raises `InputRefused`."""
-    asked = Asked(input.shape, prod(output.shape), profile.preprocess)
+    classes = None if output is None else prod(output.shape)
+    asked = Asked(input.shape, classes, profile.preprocess)
     path = Path(os.path.abspath(words))  # noqa: PTH100 - its name, and resolve() would follow a link
     if is_code(words):
         return gather_made(words, asked)
     if path.is_dir():
         found = gather_images(path, input.shape, profile.preprocess, profile.data)
-        if found.classes not in (None, asked.classes):
+        if classes is not None and found.classes not in (None, classes):
             raise InputRefused(
                 f"{found.name}: {found.classes} class folders, and the network has "
-                f"{asked.classes} outputs",
+                f"{classes} outputs",
                 hint="give one folder for each class, or a folder of images alone",
             )
         return found

@@ -261,7 +261,7 @@ def _probe(network: Network, samples: Array) -> Iterator[_Probe]:
         }
         with torch.enable_grad():
             found = network.run(x, offsets=leaves, watch=watch)
-            y = found[network.output].flatten(1)
+            y = network.joined(found)
         values = {name: found[name].detach() for name in watch}
         wanted = [*leaves.values(), *(found[name] for name in outputs)]
         for probe in range(_PROBES):

@@ -54,12 +54,13 @@ class Model(Protocol):
     """A network, the tensors it takes and gives, and where its weights and samples are.
 
     Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
-    One with several outputs has those behind the first as ``more_outputs``: see `outputs_of`.
+    One of several inputs or outputs has those behind the first as ``more_inputs`` and
+    ``more_outputs``: see `inputs_of` and `outputs_of`.
     """
 
     @property
     def input(self) -> TensorSpec:
-        """Return the input that it was made for."""
+        """Return the input that it was made for, the first of several."""
 
     @property
     def output(self) -> TensorSpec:
@@ -75,6 +76,11 @@ class Model(Protocol):
 
     def module(self) -> nn.Module:
         """Return the network, freshly initialised, in eval mode."""
+
+
+def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """Return every input of a network, in the order that its forward() takes them in."""
+    return (model.input, *getattr(model, "more_inputs", ()))
 
 
 def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
@@ -171,8 +177,9 @@ class Precision(Protocol):
     ) -> Converted:
         """Return the graph in this precision. The arguments are left as they were.
 
-        ``samples`` are the calibration samples, (N, *shape) float32, and ``statistics`` what one
-        pass of the FP32 graph over them saw; both are empty unless `needs_calibration`.
+        ``samples`` are the calibration samples, (N, *shape) float32, those of several inputs as
+        `exporter.packing` has them, and ``statistics`` what one pass of the FP32 graph over them
+        saw; both are empty unless `needs_calibration`.
 
         Raises `GraphError` where the graph cannot be stored so without changing what it means.
         """
@@ -292,6 +299,7 @@ __all__ = [
     "Statistics",
     "TellsKernels",
     "TensorStatistics",
+    "inputs_of",
     "outputs_of",
     "silent",
 ]

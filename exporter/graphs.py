@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.calibration import calibrate, convergence
-from exporter.contracts import Converted, Precision, Progress, outputs_of
+from exporter.contracts import Converted, Precision, Progress
 from exporter.errors import GraphError
 from exporter.job import Job
 from exporter.records import Array, OnnxModel
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
     """Write the folded network to ``path`` as the FP32 graph. Raises `GraphError`."""
-    output, *more = outputs_of(job.model)
     return export_onnx(
         folded,
         path,
-        input=job.input,
-        output=output,
-        more_outputs=more,
+        input=job.input_specs[0],
+        more_inputs=job.input_specs[1:],
+        output=job.output_specs[0],
+        more_outputs=job.output_specs[1:],
         batch=job.profile.batch,
         opset=job.profile.opset,
     )
@@ -58,7 +58,7 @@ def statistics_of(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
     assert job.calibration is not None  # Job.resolve saw to it
     inputs = job.calibration.inputs
     with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
-        found = calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+        found = calibrate(graph, feeds(inputs, job.input_specs, size=1), advance=advance)
         job.calibrated = convergence(found)
     return found
 

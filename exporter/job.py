@@ -23,12 +23,14 @@ from exporter.contracts import (
     Progress,
     Runtime,
     Session,
+    inputs_of,
     outputs_of,
 )
 from exporter.data import DataSet, choose_calibration, open_data, shared_samples
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
 from exporter.network import Network, code_of
+from exporter.packing import packed_shape, unpack
 from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import PrecisionChoice, Profile
@@ -70,7 +72,7 @@ class Job:
     module: nn.Module
     weights: str
     loaded: Loaded
-    input: TensorSpec
+    input_specs: tuple[TensorSpec, ...]
     profile: Profile
     precisions: dict[str, Precision]
     runtimes: dict[str, Runtime]
@@ -108,14 +110,15 @@ class Job:
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
-        spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
-        _check_memory(spec, profile)
+        first = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
+        inputs = (first, *inputs_of(chosen)[1:])
+        _check_memory(inputs, profile)
         module, origin, loaded = network.build(weights)
-        network.check(module, spec)
+        network.check(module, inputs)
         needed = any(precision.needs_calibration for precision in precisions.values())
         specs = outputs_of(chosen)
         labelled = _labelled(specs)
-        fits = (chosen.data, spec, labelled, profile)
+        fits = (chosen.data, inputs, labelled, profile)
         whole: Split | None = None if calibration is None else "held-out"
         dataset = open_data(data, *fits, whole=whole)
         judged_on = dataset.part("held-out")
@@ -138,13 +141,15 @@ class Job:
             module=module,
             weights=origin,
             loaded=loaded,
-            input=spec,
+            input_specs=inputs,
             profile=profile,
             precisions=precisions,
             runtimes=runtimes,
             data=dataset,
             held_out=held_out,
-            noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
+            noise=samples.noise(
+                packed_shape(inputs), count=profile.parity.random, seed=profile.parity.seed
+            ),
             calibration=calibrating,
             stages=stages,
             overlap=shared,
@@ -188,7 +193,7 @@ class Job:
         size = self.profile.batch.opt
         return collect_all(
             session,
-            samples.feeds(inputs, self.input.name, size=size),
+            samples.feeds(inputs, self.input_specs, size=size),
             self.output_names,
             samples=len(inputs),
             advance=advance,
@@ -217,17 +222,18 @@ class Job:
 
     def feed(self, size: int) -> Feed:
         """Return one batch of held-out samples."""
-        return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
+        return next(samples.feeds(self.held_out.inputs, self.input_specs, size=size))
 
     def timed_feeds(self, size: int) -> list[Feed]:
         """Return the batches of held-out samples that a timing takes in turn."""
-        return samples.varied(self.held_out.inputs, self.input.name, size=size)
+        return samples.varied(self.held_out.inputs, self.input_specs, size=size)
 
-    def example(self) -> torch.Tensor:
+    def example(self) -> tuple[torch.Tensor, ...]:
         """Return two held-out samples as the network takes them."""
         import torch
 
-        return torch.from_numpy(self.held_out.inputs[:2])
+        two = unpack(self.held_out.inputs[:2], self.input_specs)
+        return tuple(torch.from_numpy(value) for value in two.values())
 
     def doubts(self) -> tuple[str, ...]:
         """Return the reasons not to trust what was found: of the weights, and of calibration."""
@@ -275,13 +281,14 @@ class Job:
             weights=self.weights,
             weights_sha256=self.loaded.sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
-            input=self.input,
+            input=self.input_specs[0],
             output=self.model.output,
             opset=self.profile.opset,
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
             factory=code_of(self.model),
             more_outputs=self.output_specs[1:],
+            more_inputs=self.input_specs[1:],
         )
 
 
@@ -318,13 +325,13 @@ def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...
     )
 
 
-def _check_memory(spec: TensorSpec, profile: Profile) -> None:
+def _check_memory(inputs: Sequence[TensorSpec], profile: Profile) -> None:
     """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways."""
     memory = environment.memory_bytes()
     count = samples.MOST + profile.parity.random + samples.VARIED * max(profile.timing.batches)
-    needed = count * prod(spec.shape) * 4
+    needed = count * prod(packed_shape(inputs)) * 4
     if memory and needed > memory:
-        shape = " × ".join(map(str, spec.shape))
+        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
         raise OutOfMemory(
             f"{count} samples of {shape} are {needed / 1e9:.0f} GB, more than this machine's "
             f"{memory / 1e9:.0f} GB of memory",

@@ -169,7 +169,7 @@ def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) 
     import numpy as np
 
     few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
-    batches = feeds(few, emulator.inputs[0], size=_AT_ONCE)
+    batches = feeds(few, job.input_specs, size=_AT_ONCE)
     found = emulate(emulator, batches, kind, advance=advance)
     return {name: rows[: len(few)] for name, rows in found.items()}  # the last batch is filled up
 

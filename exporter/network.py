@@ -6,7 +6,7 @@ nobody trained are only taken where they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,8 +96,8 @@ class Network(NamedTuple):
         loaded = fit_weights(module, checkpoint)
         return module, path.name.encode(errors="replace").decode(), loaded  # names may be any bytes
 
-    def check(self, module: nn.Module, spec: TensorSpec) -> None:
-        """Raise `InputRefused` unless it makes the output of the input.
+    def check(self, module: nn.Module, inputs: Sequence[TensorSpec]) -> None:
+        """Raise `InputRefused` unless it makes the outputs of the inputs.
 
         On torch's meta device, for free; what a factory made has run for real already.
         """
@@ -105,18 +105,19 @@ class Network(NamedTuple):
 
         if isinstance(self.model, FactoryModel):
             return
-        shape = " × ".join(map(str, spec.shape))
-        if min(spec.shape) < 1:
+        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
+        if min(size for spec in inputs for size in spec.shape) < 1:
             raise InputRefused(
                 f"{self.name} cannot take an input of {shape}: every size must be 1 or more"
             )
+        given = [torch.empty(1, *spec.shape, device="meta") for spec in inputs]
         try:
             with torch.inference_mode():
-                found = deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
+                found = deepcopy(module).to("meta")(*given)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputRefused(f"{self.name} cannot take an input of {shape}: {reason}") from error
-        gives = check_outputs(found, name=self.name, batch=1, taken=spec.name)
+        gives = check_outputs(found, name=self.name, batch=1, taken=[spec.name for spec in inputs])
         wanted, got = ([one.shape for one in side] for side in (outputs_of(self.model), gives))
         if wanted != got:
             said, found = (

@@ -12,6 +12,7 @@ A dataclass is such a structure once `torch.export.register_dataclass` knows it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -40,20 +41,22 @@ def _key(key: Any) -> str:
     return str(key.name if isinstance(key, pytree.GetAttrKey) else key.key)
 
 
-def check_outputs(found: object, *, name: str, batch: int, taken: str) -> tuple[TensorSpec, ...]:
+def check_outputs(
+    found: object, *, name: str, batch: int, taken: Collection[str]
+) -> tuple[TensorSpec, ...]:
     """Return the tensors that a network gives, their shapes without the batch axis.
 
-    ``taken`` is the input's name. Raises `InputRefused` unless all are float32, (batch, …), not
+    ``taken`` are the inputs' names. Raises `InputRefused` unless all are float32, (batch, …), not
     empty, and with names of their own.
     """
     tensors = flatten(found)
     if not tensors:
         raise InputRefused(f"{name} gives nothing: an empty {type(found).__name__}")
     for own, tensor in tensors.items():
-        if own in ("", taken):
+        if not own or own in taken:
             raise InputRefused(
                 f"{name} gives an output called {own!r}, "
-                + ("as its input is" if own else "and a graph needs a name"),
+                + ("as an input is" if own else "and a graph needs a name"),
                 hint="give it another key",
             )
         if (odd := _unfit(tensor, batch)) is not None:

@@ -78,19 +78,20 @@ def check_same_interface(
     name: str,
     *,
     input: TensorSpec,
+    more_inputs: Sequence[TensorSpec] = (),
     output: TensorSpec,
     more_outputs: Sequence[TensorSpec] = (),
     dtypes: Collection[str] = ("float32",),
 ) -> None:
-    """Raise `GraphError` unless a graph declares the reference's input and outputs, and no others.
+    """Raise `GraphError` unless a graph declares the reference's inputs and outputs, and no others.
 
     The batch axis may be free or fixed, and the type must be one of ``dtypes``; ``name`` is what
     the error calls the graph.
     """
     stored = {tensor.name for tensor in graph.initializer}
     taken = [value for value in graph.input if value.name not in stored]
-    outputs = (output, *more_outputs)
-    for verb, values, specs in (("takes", taken, (input,)), ("gives", graph.output, outputs)):
+    inputs, outputs = (input, *more_inputs), (output, *more_outputs)
+    for verb, values, specs in (("takes", taken, inputs), ("gives", graph.output, outputs)):
         found = " and ".join(_declared(value) for value in values) or "nothing"
         if found not in {_asked(specs, dtype) for dtype in dtypes}:
             reference = _asked(specs, " or ".join(dtypes))

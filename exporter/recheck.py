@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import msgspec
 import onnx
@@ -27,6 +28,7 @@ from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.onnx_files import check_onnx
+from exporter.packing import unpack
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
 from exporter.records import Array, Artefact, DataRecord, Report, TensorSpec, Variant
@@ -72,7 +74,7 @@ def check_bundle(
         model or before.source.model,
         load_profile(folder / "profile.toml"),
         weights=weights,
-        input_shape=before.source.input.shape,
+        input_shape=None if before.source.more_inputs else before.source.input.shape,
         classes=_classes(before),
         calibration=calibration,
         data=data,
@@ -94,7 +96,7 @@ def check_bundle(
         bundle = _Bundle(job, folder, intact, ladder, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
     if bundle.found:
-        _save(folder, bundle.found)
+        _save(folder, bundle.found, job.input_specs)
     return msgspec.structs.replace(
         before,
         environment=environment.capture(),
@@ -123,7 +125,9 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     """
     _, before = read_bundle(folder)
     profile = load_profile(folder / "profile.toml")
-    return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
+    inputs = {spec.name: spec.shape for spec in before.source.inputs}
+    asked = inputs if len(inputs) > 1 else before.source.input.shape
+    return load_factory(code, profile.model.args, input_shape=asked)
 
 
 def _classes(before: Report) -> int | None:
@@ -135,11 +139,16 @@ def _classes(before: Report) -> int | None:
 def _check_sources(job: Job, before: Report) -> None:
     """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report.
 
-    And the network gives what it gave.
+    And the network takes and gives what it did.
     """
-    if job.output_specs != before.source.outputs:
-        then, now = (_said(specs) for specs in (before.source.outputs, job.output_specs))
-        raise InputRefused(f"the bundle's network gives {then}, and this one {now}")
+    source = before.source
+    for verb, then, now in (
+        ("takes", source.inputs, job.input_specs),
+        ("gives", source.outputs, job.output_specs),
+    ):
+        if then != now:
+            said = (f"the bundle's network {verb} {_said(then)}", f"and this one {_said(now)}")
+            raise InputRefused(", ".join(said))
     wanted, found = before.source.weights_sha256, job.loaded.sha256
     if wanted != found:
         raise InputRefused(
@@ -164,8 +173,8 @@ def _check_sources(job: Job, before: Report) -> None:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
 
 
-def _said(outputs: tuple[TensorSpec, ...]) -> str:
-    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in outputs)
+def _said(tensors: tuple[TensorSpec, ...]) -> str:
+    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in tensors)
 
 
 def _check_data(found: DataRecord | None, before: DataRecord | None) -> None:
@@ -245,7 +254,8 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
         check_same_interface(
             read_graph(path),
             name,
-            input=bundle.job.input,
+            input=bundle.job.input_specs[0],
+            more_inputs=bundle.job.input_specs[1:],
             output=bundle.job.output_specs[0],
             more_outputs=bundle.job.output_specs[1:],
             dtypes=("float32", "float16"),
@@ -272,6 +282,7 @@ def _search(
             artefact.name,
             reference=source,
             surrogate=surrogate,
+            inputs=job.input_specs,
             outputs=job.output_specs,
             samples=job.held_out.inputs,
             on_samples=(bundle.ladder.truth.held_out, bundle.ladder.outputs[artefact.name]),
@@ -280,18 +291,24 @@ def _search(
             search=search,
             advance=advance,
         )
-    name = f"{artefact.precision}-{artefact.runtime}.npy"
+    kind = "npz" if len(job.input_specs) > 1 else "npy"
+    name = f"{artefact.precision}-{artefact.runtime}.{kind}"
     record = msgspec.structs.replace(found.record, file=f"{_WORST}/{name}")
     return Found(record, found.inputs)
 
 
-def _save(folder: Path, found: list[Found]) -> None:
+def _save(folder: Path, found: list[Found], inputs: tuple[TensorSpec, ...]) -> None:
     """Put the worst inputs into the bundle, in place of those of an earlier search."""
     import numpy as np
 
     with extended_bundle(folder, _WORST) as part:
         for case in found:
             assert case.record.file is not None
-            np.save(part / Path(case.record.file).name, case.inputs)
+            path = part / Path(case.record.file).name
+            if len(inputs) == 1:
+                np.save(path, case.inputs)
+            else:
+                arrays: dict[str, Any] = {**unpack(case.inputs, inputs)}
+                np.savez(path, **arrays)
         text = msgspec.json.format(msgspec.json.encode([case.record for case in found]), indent=2)
         (part / "record.json").write_bytes(text + b"\n")

@@ -33,6 +33,7 @@ def export_onnx(
     path: Path,
     *,
     input: TensorSpec,
+    more_inputs: Sequence[TensorSpec] = (),
     output: TensorSpec,
     more_outputs: Sequence[TensorSpec] = (),
     batch: BatchRange,
@@ -40,21 +41,23 @@ def export_onnx(
 ) -> OnnxModel:
     """Write the network, which takes (N, *input.shape) float32, to ``path``.
 
-    ``output`` and ``more_outputs`` name what it gives, in its order. Raises `GraphError` if it
+    ``more_inputs`` are those behind the first, in the order of its forward(), and ``output`` and
+    ``more_outputs`` name what it gives, in its order. Raises `GraphError` if it
     cannot be exported, or if what was written is not valid ONNX.
     """
     import onnx
     import torch
 
-    example = torch.zeros(2, *input.shape)  # a batch of 1 would be taken for a constant
+    inputs = (input, *more_inputs)
+    example = tuple(torch.zeros(2, *spec.shape) for spec in inputs)  # 1 would be a constant
     try:
         with _quiet():
             program = torch.onnx.export(
                 module,
-                (example,),
-                input_names=[input.name],
+                example,
+                input_names=[spec.name for spec in inputs],
                 output_names=[f"{_OUTPUT}{i}" for i in range(1 + len(more_outputs))],
-                dynamic_shapes=({0: "batch"},),
+                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
                 opset_version=opset,
                 dynamo=True,
                 external_data=False,
@@ -77,7 +80,7 @@ def export_onnx(
     if found != opset:
         raise GraphError(f"torch.onnx wrote opset {found} where {opset} was asked for")
     onnx.save(model, path)
-    return OnnxModel(path, "fp32", input, output, batch)
+    return OnnxModel(path, "fp32", input, output, batch, tuple(more_inputs))
 
 
 def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:

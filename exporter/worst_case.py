@@ -33,9 +33,11 @@ from torch import Tensor
 
 from exporter.contracts import Advance
 from exporter.emulation import Emulator, Values
+from exporter.packing import unpack
 from exporter.records import Array, Flip, Outputs, TensorSpec, WorstCase
 
 Run = Callable[[Array], Outputs]
+Box = tuple[float, float] | tuple[Tensor, Tensor]
 
 KINDS = ("drift", "gap", "flip", "extreme")
 _CONFIRM_EVERY = 5
@@ -69,6 +71,7 @@ def search_worst_case(
     *,
     reference: Emulator,
     surrogate: Emulator,
+    inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     samples: Array,
     on_samples: tuple[Outputs, Outputs],
@@ -82,15 +85,16 @@ def search_worst_case(
     ``reference`` and ``surrogate`` are the network's graph and the artefact's, for gradients;
     ``on_samples`` has what the network and the artefact give on the samples themselves, and
     ``run_reference`` and ``run_artefact`` take (n, C, H, W) float32 and give (n, values) float64 of
-    each of the ``outputs``. ``advance`` is called after each step.
+    each of the ``outputs``; several ``inputs`` lie side by side, as `exporter.packing` has them.
+    ``advance`` is called after each step.
     """
     view = _View.of(outputs, on_samples[0])
     witness = _Witness(view, run_reference, run_artefact)
     want, got = map(view.join, on_samples)
     witness.note(samples, samples, want, got, step=0)
     started, flipped = witness.gap, witness.flips
-    lanes = _Lanes.choose(samples, want, view, search)
-    climb = _Climb(reference.in_float32(), surrogate.in_float32(), view, lanes, search)
+    lanes = _Lanes.choose(samples, want, view, search, box=_box(samples, inputs))
+    climb = _Climb(reference.in_float32(), surrogate.in_float32(), inputs, view, lanes, search)
     x = torch.from_numpy(lanes.origins)
     for step in range(1, search.steps + 1):
         x = climb.step(x, step)
@@ -113,6 +117,18 @@ def search_worst_case(
         is_relative=len(outputs) > 1,
     )
     return Found(record, witness.inputs())
+
+
+def _box(samples: Array, inputs: Sequence[TensorSpec]) -> Box:
+    """Return the smallest and the largest value; of several inputs each one's own, (values,)."""
+    if len(inputs) == 1:
+        return float(samples.min()), float(samples.max())
+    parts = [torch.from_numpy(part).flatten(1) for part in unpack(samples[:], inputs).values()]
+    low, high = (
+        torch.cat([side(part).expand(part.shape[1]) for part in parts])
+        for side in (torch.min, torch.max)
+    )
+    return low, high
 
 
 class _View(NamedTuple):
@@ -175,10 +191,10 @@ class _Lanes:
     signs: Tensor
     low: Tensor
     high: Tensor
-    width: float
+    reach: float | Tensor
 
     @classmethod
-    def choose(cls, samples: Array, want: Array, view: _View, search: Search) -> _Lanes:
+    def choose(cls, samples: Array, want: Array, view: _View, search: Search, box: Box) -> _Lanes:
         """Begin at the samples that the network is least sure of, and at others by chance."""
         import numpy as np
 
@@ -187,7 +203,7 @@ class _Lanes:
         others = generator.permutation(len(samples))[: search.lanes - len(unsure)]
         chosen = np.concatenate([unsure, others])
         origins = samples[chosen]
-        low, high = float(samples.min()), float(samples.max())
+        low, high = box
         reach = search.radius * (high - low)
         start = torch.from_numpy(origins)
         pairs = generator.choice([-1.0, 1.0], (len(chosen), want.shape[1]))
@@ -201,7 +217,7 @@ class _Lanes:
             signs=torch.from_numpy(signs).float(),
             low=(start - reach).clamp(min=low),
             high=(start + reach).clamp(max=high),
-            width=reach,
+            reach=reach,
         )
 
 
@@ -211,6 +227,7 @@ class _Climb:
 
     reference: Emulator
     surrogate: Emulator
+    inputs: Sequence[TensorSpec]
     view: _View
     lanes: _Lanes
     search: Search
@@ -220,13 +237,13 @@ class _Climb:
         x = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(self._height(x).sum(), x)
         share = 0.25 * 0.04 ** ((number - 1) / max(1, self.search.steps - 1))
-        moved = x.detach() + share * self.lanes.width * slope.nan_to_num().sign()
+        moved = x.detach() + share * self.lanes.reach * slope.nan_to_num().sign()
         return torch.minimum(torch.maximum(moved, self.lanes.low), self.lanes.high)
 
     def _height(self, x: Tensor) -> Tensor:
-        name = self.reference.inputs[0]
-        r = self.view.joined(self.reference.run({name: x}, "leaky"))
-        y = self.view.joined(self.surrogate.run({self.surrogate.inputs[0]: x}, "leaky"))
+        given = unpack(x, self.inputs)
+        r = self.view.joined(self.reference.run(given, "leaky"))
+        y = self.view.joined(self.surrogate.run(given, "leaky"))
         d, label, signs = y - r, self.lanes.labels[:, None], self.lanes.signs
         ends = {"gap": d.square().sum(dim=1), "drift": (signs * d).sum(dim=1)}
         if self.view.classes is not None:

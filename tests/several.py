@@ -111,6 +111,31 @@ class Segments(Trunk):
         return self.last(torch.cat([half, torch.relu(self.b3(self.up(quarter)))], dim=1))
 
 
+class Pair(nn.Module):
+    """A network of two inputs, of one size each: what both have in common decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.c = Trunk(), nn.Conv2d(2, 16, 3, bias=False)
+        self.b, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, picture, flow, scale: float = 1.0):
+        return self.fc(scale * (self.trunk.maps(picture)[1].mean((2, 3)) + self.second(flow)))
+
+    def second(self, flow):
+        return torch.relu(self.b(self.c(flow))).mean((2, 3))
+
+
+class Siamese(Trunk):
+    """The same weights on two pictures, traced by torch.export alone."""
+
+    def forward(self, left, right):
+        if left.shape[2] < 2:
+            return left
+        one, other = (self.maps(x)[1].mean((2, 3)) for x in (left, right))
+        return {"label": self.fc(one - other), "apart": (one - other).abs().mean(1, keepdim=True)}
+
+
 class Whole(Trunk):
     def forward(self, x):
         return {"label": (found := self.heads(x)[0]), "class": found.argmax(1)}
@@ -140,3 +165,26 @@ def make(name: str, **args) -> nn.Module:
     """Return a network by its class, its BatchNorms with statistics that matter."""
     torch.manual_seed(0)
     return disturb(globals()[name](**args)).eval()
+
+
+def made_pair() -> nn.Module:
+    return make("Pair")
+
+
+def made_siamese() -> nn.Module:
+    return make("Siamese")
+
+
+# ── Samples of several inputs ───────────────────────────────────────────────────────
+
+MADE: dict = {}
+
+
+def as_dict():
+    return {name: MADE[name] for name in ("flow", "picture")}, MADE["labels"]
+
+
+def as_items():
+    names = ("flow", "picture")
+    every = zip(MADE["flow"], MADE["picture"], MADE["labels"], strict=True)
+    return [(dict(zip(names, one[:2], strict=True)), one[2]) for one in every]

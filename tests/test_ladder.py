@@ -51,7 +51,11 @@ def resolve(model, **overrides) -> Job:
 def ladder_of(job: Job, folder: Path) -> Ladder:
     folded = fold_batchnorm(job.module, job.example()).module
     path = export_onnx(
-        folded, folder / "a.onnx", input=job.input, output=job.model.output, batch=job.profile.batch
+        folded,
+        folder / "a.onnx",
+        input=job.input_specs[0],
+        output=job.model.output,
+        batch=job.profile.batch,
     ).path
     return Ladder(job, Truth.compute(job, folded), Asked.of(job, onnx.load(path), "fp32"))
 
@@ -489,7 +493,9 @@ def test_a_layer_that_the_exporter_wrote_wrongly_is_its_fault_and_not_the_runtim
     job = resolve(tiny_model)
     folded = fold_batchnorm(job.module, job.example()).module
     path = tmp_path / "a.onnx"
-    export_onnx(folded, path, input=job.input, output=job.model.output, batch=job.profile.batch)
+    export_onnx(
+        folded, path, input=job.input_specs[0], output=job.model.output, batch=job.profile.batch
+    )
     graph = onnx.load(path)
     weight = next(t for t in graph.graph.initializer if t.name == "block2.0.conv2.weight")
     flipped = onnx.numpy_helper.to_array(weight)[:, :, ::-1, ::-1].copy()

@@ -85,7 +85,7 @@ def test_outputs_are_called_by_the_way_to_them():
         ("Whole", {}, "gives a tensor of int64 as 'class'; only float32", "a module of your own"),
         ("Odd", {"what": "nothing"}, "gives nothing: an empty dict", None),
         ("Odd", {"what": "none"}, "gives an object of type NoneType as 'aux'", "returns such"),
-        ("Odd", {"what": "input"}, "an output called 'input', as its input is", "another key"),
+        ("Odd", {"what": "input"}, "an output called 'input', as an input is", "another key"),
         ("Odd", {"what": "unnamed"}, "an output called ''", "another key"),
         ("Odd", {"what": "alike"}, "two outputs are called 'a.b'", None),
         ("Odd", {"what": "few"}, "gives a tensor of 1 × 10 for a batch of 2 as 'label'", "module"),

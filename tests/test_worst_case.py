@@ -97,6 +97,7 @@ def search(graph, model, network, **asked):
         "planted",
         reference=Emulator.of(graph),
         surrogate=Emulator.of(model),
+        inputs=(TinyModel.input,),
         outputs=(TinyModel.output,),
         samples=samples(),
         on_samples=(network(samples()), artefact(samples())),

@@ -46,6 +46,13 @@ class Bundle:
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
+        if report.source.more_inputs:
+            names = ", ".join(spec.name for spec in report.source.inputs)
+            raise InputRefused(
+                f"{label}: its network takes several inputs ({names}), and bundles are timed on "
+                "the built-in digits",
+                hint="the export itself times every artefact; its report.md has the table",
+            )
         shape = report.source.input.shape
         held_out = samples.load_split(_data(report, model), shape, "held-out")
         return cls(label, folder, manifest, report, profile, held_out)

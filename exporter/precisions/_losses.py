@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.onnx_edits import replace_constants
+from exporter.packing import inputs_of_graph, unpack
 from exporter.precisions._floats import Half
 from exporter.records import Array
 
@@ -92,8 +93,12 @@ def _outputs(model: onnx.ModelProto, samples: Array) -> list[Array]:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    name = session.get_inputs()[0].name
-    return [part.ravel() for sample in samples for part in session.run(None, {name: sample[None]})]
+    inputs = inputs_of_graph(model.graph)
+    return [
+        part.ravel()
+        for sample in samples
+        for part in session.run(None, unpack(sample[None], inputs))
+    ]
 
 
 def _distance(got: list[Array], want: list[Array]) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from exporter.contracts import TensorStatistics
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.operators import along
+from exporter.packing import inputs_of_graph, unpack
 from exporter.steps import HIGH, LOW, Held, Kind, Steps, steps_for
 
 if TYPE_CHECKING:
@@ -77,8 +78,12 @@ class Network:
         return replace(self, scales=scales)
 
     @property
-    def input(self) -> str:
-        return self.emulator.inputs[0]
+    def inputs(self) -> tuple[str, ...]:
+        return self.emulator.inputs
+
+    def given(self, samples: Tensor) -> Values:
+        """Return one batch of samples as the inputs they are of, by name."""
+        return dict(unpack(samples, inputs_of_graph(self.model.graph)))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -122,10 +127,10 @@ class Network:
         ``offsets`` are added to tensors where they are read quantised.
         """
         constants = {**self.emulator.constants, **(weights or {})}
-        values: Values = {self.input: x}
+        values = self.given(x)
         read: Values = {}
         kept = {*watch, *self.emulator.outputs}
-        found = {self.input: x} if self.input in kept else {}
+        found = {name: value for name, value in values.items() if name in kept}
         last = {name: i for i, step in enumerate(self.emulator.steps) for name in step.reads}
         for i, step in enumerate(self.emulator.steps):
             inputs: list[Tensor | None] = []

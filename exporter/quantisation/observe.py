@@ -60,7 +60,7 @@ def observe(
         gain, behind = _gains(network, samples, advance)
     seen = {name: statistics[name] for name in network.tensors}
     return Observed(
-        samples=statistics[network.input].samples,
+        samples=statistics[network.inputs[0]].samples,
         low={name: torch.from_numpy(tensor.fold_low) for name, tensor in seen.items()},
         high={name: torch.from_numpy(tensor.fold_high) for name, tensor in seen.items()},
         power={name: torch.from_numpy(tensor.channel_power) for name, tensor in seen.items()},
@@ -281,5 +281,5 @@ def _by_channel(x: Tensor) -> Tensor:
 def _shapes(network: Network, samples: Array) -> dict[str, tuple[int, ...]]:
     every = [name for step in network.emulator.steps for name in step.writes if name]
     with torch.inference_mode():
-        found = network.run(torch.from_numpy(samples), watch=[network.input, *every])
+        found = network.run(torch.from_numpy(samples), watch=[*network.inputs, *every])
     return {name: tuple(value.shape) for name, value in found.items()}

@@ -129,7 +129,8 @@ class Source(Found, frozen=True):
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
     to be the network's, one clause each. ``factory`` is the code that made the network, None for a
-    built-in one. ``more_outputs`` are those behind the first, in the network's order.
+    built-in one. ``more_outputs`` and ``more_inputs`` are those behind the first, in the network's
+    order.
     """
 
     model: str
@@ -143,6 +144,11 @@ class Source(Found, frozen=True):
     weights_changes: tuple[str, ...] = ()
     factory: str | None = None
     more_outputs: tuple[TensorSpec, ...] = ()
+    more_inputs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self.input, *self.more_inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:

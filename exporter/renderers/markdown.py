@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from exporter.records import Artefact, Cost, Parity, Report, Source
+from exporter.records import Artefact, Cost, Parity, Report, Source, TensorSpec
 from exporter.renderers import _data as data
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
@@ -38,14 +38,13 @@ def render(report: Report) -> str:
 
 def _head(report: Report) -> list[str]:
     source = report.source
-    shape = "×".join(map(str, source.input.shape))
     return [
         f"# {_escape(source.model)}: {report.verdict.upper()}",
         "",
         _escape(report.profile["about"]) + ".",
         "",
-        f"- input {_escape(source.input.name)} N×{shape} {source.input.dtype}, "
-        f"{_outputs(source)}, ONNX opset {source.opset}, batch {_batch(report)}",
+        f"- {_named('input', source.inputs)} {source.input.dtype}, "
+        f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
@@ -57,11 +56,9 @@ def _head(report: Report) -> list[str]:
     ]
 
 
-def _outputs(source: Source) -> str:
-    found = (
-        f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in source.outputs
-    )
-    return f"output{'s' if source.more_outputs else ''} {', '.join(found)}"
+def _named(what: str, specs: Sequence[TensorSpec]) -> str:
+    found = (f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in specs)
+    return f"{what}{'s' if len(specs) > 1 else ''} {', '.join(found)}"
 
 
 def _format(source: Source) -> str:

@@ -178,7 +178,7 @@ def _made_with(
     )
     return {
         "weights": job.loaded.sha256,
-        "input shape": "x".join(map(str, job.input.shape)),
+        "input shape": " ".join("x".join(map(str, spec.shape)) for spec in job.input_specs),
         "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "profile": hashlib.sha256(said).hexdigest(),
         "calibration data": _digest(job.calibration.inputs) if job.calibration else "none",

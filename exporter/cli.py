@@ -22,9 +22,10 @@ from exporter.commands.options import (
     Weights,
     classes_option,
     data_option,
-    input_option,
+    inputs_option,
     model_option,
     network_of,
+    size_of,
     weights_option,
 )
 from exporter.errors import ExportError, ProfileError
@@ -127,7 +128,7 @@ class Percentage(click.ParamType[float]):
     help="The bundle: a folder that is written whole or not at all.",
 )
 @weights_option
-@input_option
+@inputs_option
 @classes_option
 @click.option(
     "--calibration",
@@ -303,7 +304,7 @@ def train(path: Path, model: str) -> None:
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
 @weights_option
-@input_option
+@inputs_option
 @classes_option
 @click.option("--calibration", help="A .npy file, or what --data takes.")
 @data_option
@@ -346,12 +347,13 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
 
             from exporter.renderers import tuning
             from exporter.tune import tune_model
-        options = ("precision", "runtime", "weights", "input_shape", "classes", "calibration")
+        options = ("precision", "runtime", "weights", "classes", "calibration")
         report = tune_model(
             network_of(asked["model"], profile.model.args, asked["input_shape"]),
             profile,
             asked["out"],
             budget,
+            input_shape=size_of(asked["input_shape"]),
             **{key: asked[key] for key in (*options, "data", "validation", "minutes", "restart")},
             progress=progress,
         )
@@ -419,7 +421,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             profile,
             asked["out"],
             weights=asked["weights"],
-            input_shape=asked["input_shape"],
+            input_shape=size_of(asked["input_shape"]),
             classes=asked["classes"],
             calibration=asked["calibration"],
             data=asked["data"],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from exporter import environment
-from exporter.contracts import Model, Progress, Session, silent
+from exporter.contracts import Model, Progress, Session, outputs_of, silent
 from exporter.errors import ExportError, with_hint
 from exporter.factories import FactoryModel
 from exporter.flops import count_flops, count_module, read_file
@@ -97,11 +97,13 @@ def _export(name: str, model: Model, input_shape: tuple[int, ...] | None, path: 
     with torch.device("meta"):  # where a shape that does not fit costs nothing
         count_module(model.module(), spec.shape, name=name)
     module, weights = _module(model)
+    output, *more = outputs_of(model)
     export_onnx(
         fold_batchnorm(module).module,
         path,
         input=spec,
-        output=model.output,
+        output=output,
+        more_outputs=more,
         batch=BatchRange(),
     )
     return Contender(

@@ -11,7 +11,7 @@ at that precision: faster-but-looser arithmetic is off unless an option of the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -54,15 +54,17 @@ class Model(Protocol):
     """A network, the tensors it takes and gives, and where its weights and samples are.
 
     Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
+    One of several inputs or outputs has those behind the first as ``more_inputs`` and
+    ``more_outputs``: see `inputs_of` and `outputs_of`.
     """
 
     @property
     def input(self) -> TensorSpec:
-        """Return the input that it was made for."""
+        """Return the input that it was made for, the first of several."""
 
     @property
     def output(self) -> TensorSpec:
-        """Return the output."""
+        """Return the output, the first of several."""
 
     @property
     def data(self) -> str:
@@ -74,6 +76,22 @@ class Model(Protocol):
 
     def module(self) -> nn.Module:
         """Return the network, freshly initialised, in eval mode."""
+
+
+def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """Return every input of a network, in the order that its forward() takes them in."""
+    return (model.input, *getattr(model, "more_inputs", ()))
+
+
+def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """Return every output of a network, in the order that it gives them in."""
+    return (model.output, *getattr(model, "more_outputs", ()))
+
+
+def classification(outputs: Sequence[TensorSpec]) -> TensorSpec | None:
+    """Return the one output that may be a classification, if there is just one."""
+    found = [spec for spec in outputs if spec.has_classes]
+    return found[0] if len(found) == 1 else None
 
 
 class TensorStatistics(Protocol):
@@ -165,8 +183,9 @@ class Precision(Protocol):
     ) -> Converted:
         """Return the graph in this precision. The arguments are left as they were.
 
-        ``samples`` are the calibration samples, (N, *shape) float32, and ``statistics`` what one
-        pass of the FP32 graph over them saw; both are empty unless `needs_calibration`.
+        ``samples`` are the calibration samples, (N, *shape) float32, those of several inputs as
+        `exporter.packing` has them, and ``statistics`` what one pass of the FP32 graph over them
+        saw; both are empty unless `needs_calibration`.
 
         Raises `GraphError` where the graph cannot be stored so without changing what it means.
         """
@@ -286,5 +305,8 @@ __all__ = [
     "Statistics",
     "TellsKernels",
     "TensorStatistics",
+    "classification",
+    "inputs_of",
+    "outputs_of",
     "silent",
 ]

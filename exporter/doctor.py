@@ -112,7 +112,7 @@ def _answer(runtime: Runtime, model: OnnxModel, folder: Path) -> float:
 
     x = _samples(3)
     emulator = Emulator.of(onnx.load(model.path))
-    want = emulate(emulator, iter([{INPUT.name: x}]), OUTPUT.name, "exact")
+    want = emulate(emulator, iter([{INPUT.name: x}]), "exact")[OUTPUT.name]
     with runtime.open(runtime.build(model, folder)) as session:
         got = session({INPUT.name: x})[OUTPUT.name]
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))

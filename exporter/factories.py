@@ -2,13 +2,13 @@
 
 The words come from a command line, or from a program that calls `load_factory`; nothing that was
 read from a file is ever given to it. The factory is called once, with keyword arguments, and its
-network runs once on zeros: what it gives says how many outputs there are.
+network runs once on zeros: what it gives says which outputs there are, and of which shapes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from exporter.errors import InputRefused, ProfileError, nearest
 from exporter.given_code import Words, refusing
 from exporter.initial import from_seed
+from exporter.outputs import check_outputs
 from exporter.records import TensorSpec
-from exporter.samples import fitting
+from exporter.samples import NO_DATA, fitting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,8 @@ class FactoryModel:
     output: TensorSpec
     data: str
     network: nn.Module = field(repr=False)
+    more_inputs: tuple[TensorSpec, ...] = ()
+    more_outputs: tuple[TensorSpec, ...] = ()
     weights: None = None
 
     def module(self) -> nn.Module:
@@ -47,15 +50,16 @@ def load_factory(
     code: str,
     args: Mapping[str, Any] = MappingProxyType({}),
     *,
-    input_shape: tuple[int, ...] | None,
+    input_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
 ) -> FactoryModel:
     """Import ``package.module:factory`` or ``file.py:factory``, and return what it makes.
 
-    ``args`` are the factory's keyword arguments, ``input_shape`` is (C, H, W).
+    ``args`` are the factory's keyword arguments, ``input_shape`` is (C, H, W), or those of several
+    inputs by the names that the network's forward() has for them.
 
     Raises `UnknownName` if there is no such factory, `ProfileError` for an argument that it does
     not take or lacks, and `InputRefused` for all else: code that raises, what is no network, and
-    one that does not make one float32 tensor (N, classes) of (N, *input_shape).
+    one that does not make float32 tensors (N, …) of (N, *input_shape), or has no such inputs.
     """
     words = Words.of(code)
     if input_shape is None:
@@ -69,43 +73,19 @@ def load_factory(
     with refusing(f"{said} raised"):
         network = from_seed(lambda: factory(**args))
     _check_network(network, said)
-    spec = TensorSpec("input", input_shape)
+    specs = _inputs(network, input_shape, said)
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+    output, *more = _outputs(network.eval(), specs, said)
     return FactoryModel(
         name=attribute.rpartition(".")[2],
         code=f"{said}({given})",
         args=dict(args),
-        input=spec,
-        output=TensorSpec("output", _outputs(network.eval(), spec, said)),
-        data=fitting(input_shape[0]),
+        input=specs[0],
+        output=output,
+        data=fitting(specs[0].shape[0]) if len(specs) == 1 else NO_DATA,
         network=network,
-    )
-
-
-def check_output(found: object, *, name: str, batch: int) -> tuple[int, ...]:
-    """Return the shape of what a network gives, without the batch axis.
-
-    Raises `InputRefused` unless that is one float32 tensor, (batch, classes).
-    """
-    import torch
-
-    if isinstance(found, Mapping):
-        keys = ", ".join(map(repr, found))
-        what = f"{len(found)} outputs ({type(found).__name__}: {keys})"
-    elif isinstance(found, list | tuple):
-        what = f"{len(found)} outputs ({type(found).__name__})"
-    elif not isinstance(found, torch.Tensor):
-        what = f"an object of type {type(found).__name__}"
-    elif found.dtype != torch.float32:
-        what = f"a tensor of {str(found.dtype).removeprefix('torch.')}"
-    elif found.ndim != 2 or found.shape[0] != batch or not found.numel():
-        what = f"a tensor of {' × '.join(map(str, found.shape))} for a batch of {batch}"
-    else:
-        return tuple(found.shape[1:])
-    raise InputRefused(
-        f"{name} gives {what}; only networks that give one float32 tensor, (N, classes), can be "
-        "judged so far",
-        hint="export a module of your own that calls it and returns one such tensor",
+        more_inputs=specs[1:],
+        more_outputs=tuple(more),
     )
 
 
@@ -169,17 +149,36 @@ def _check_network(network: object, said: str) -> None:
             )
 
 
-def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[int, ...]:
-    """Return the shape of the network's outputs. Raises `InputRefused`."""
+def _inputs(
+    network: Any, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]], said: str
+) -> tuple[TensorSpec, ...]:
+    """Return the inputs in forward()'s order. Raises `InputRefused` for others than it takes."""
+    if not isinstance(shape, Mapping):
+        return (TensorSpec("input", shape),)
+    parameters = inspect.signature(network.forward).parameters.values()
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p.name for p in parameters if p.kind in places]
+    if set(shape) != set(taken[: len(shape)]):
+        raise InputRefused(
+            f"{said} was given the inputs {', '.join(shape)}, and its forward() takes "
+            f"{', '.join(taken) or 'none by name'}",
+            hint="give the first of these, each as --input NAME=CxHxW",
+        )
+    return tuple(TensorSpec(name, shape[name]) for name in taken[: len(shape)])
+
+
+def _outputs(network: nn.Module, inputs: Sequence[TensorSpec], said: str) -> tuple[TensorSpec, ...]:
+    """Return the network's outputs. Raises `InputRefused`."""
     import torch
 
-    shape = " × ".join(map(str, spec.shape))
-    if min(spec.shape) < 1:
+    shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
+    if min(size for spec in inputs for size in spec.shape) < 1:
         raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
+    several = "one input" if len(inputs) == 1 else f"{len(inputs)} inputs"
     taking = refusing(
-        f"{said} cannot take one input of {shape}:",
-        hint="--input says what it takes; networks of several inputs are not supported so far",
+        f"{said} cannot take {several} of {shape}:",
+        hint="--input says what it takes, several inputs as --input NAME=CxHxW each",
     )
     with taking, torch.inference_mode():
-        found = network(torch.zeros(_BATCH, *spec.shape))
-    return check_output(found, name=said, batch=_BATCH)
+        found = network(*(torch.zeros(_BATCH, *spec.shape) for spec in inputs))
+    return check_outputs(found, name=said, batch=_BATCH, taken=[spec.name for spec in inputs])

@@ -21,6 +21,7 @@ was 1.9 end to end, and 3.3 in a channel of one value (`make mutation`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.grids import LIMITS, spacing
 from exporter.emulation.rounding import BFLOAT16, BOUNDED, FLOAT, ROUNDOFF, held
-from exporter.records import Array, Fidelity, LayerError
+from exporter.records import Array, Fidelity, LayerError, Outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -112,35 +113,50 @@ def first_deviation(errors: Sequence[LayerError], *, limit: float = LIMIT) -> La
 
 
 def judge_outputs(
-    reference: Array,
-    candidate: Array,
+    reference: Outputs,
+    candidate: Outputs,
     *,
-    exact: Array | None,
-    noisy: Array | None,
+    exact: Outputs | None,
+    noisy: Outputs | None,
     against: str,
     layers: Sequence[LayerError] = (),
     unseen: str | None = None,
 ) -> Fidelity:
-    """Return the verdict on one artefact; all arrays (samples, outputs) float64.
+    """Return the verdict on one artefact; all arrays (samples, values) float64, by output.
 
     ``reference`` is what the candidate is compared with, ``against`` its name; ``exact`` and
     ``noisy`` are the two emulations whose distance is the noise floor, None where there are none.
+    Each output is held to its own floor, and the figures are those of the one that is worst off.
     ``unseen`` says why there is no comparison, or none layer by layer.
     """
+    found = [
+        Fidelity(
+            against=against,
+            samples=len(want),
+            error=distance(candidate[name], want),
+            floor=None if noisy is None or exact is None else distance(noisy[name], exact[name]),
+            limit=LIMIT,
+            nonfinite=_nonfinite(candidate[name]) + _nonfinite(want),
+            layers=len(layers),
+            worst=max(layers, key=lambda error: error.size, default=None),
+            first=first_deviation(layers),
+            unseen=unseen,
+            output=name if len(reference) > 1 else None,
+        )
+        for name, want in reference.items()
+    ]
+    return max(found, key=_badness)
+
+
+def _badness(found: Fidelity) -> tuple[int, float]:
+    """Return what orders outputs: values that are not finite, then how far beyond its floor."""
+    return found.nonfinite, math.inf if found.multiple is None else found.multiple
+
+
+def _nonfinite(values: Array) -> int:
     import numpy as np
 
-    return Fidelity(
-        against=against,
-        samples=len(reference),
-        error=distance(candidate, reference),
-        floor=None if noisy is None or exact is None else distance(noisy, exact),
-        limit=LIMIT,
-        nonfinite=int((~np.isfinite(candidate)).sum() + (~np.isfinite(reference)).sum()),
-        layers=len(layers),
-        worst=max(layers, key=lambda error: error.size, default=None),
-        first=first_deviation(layers),
-        unseen=unseen,
-    )
+    return int((~np.isfinite(values)).sum())
 
 
 def distance(one: Array, other: Array) -> float | None:

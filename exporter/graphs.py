@@ -24,8 +24,10 @@ def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
     return export_onnx(
         folded,
         path,
-        input=job.input,
-        output=job.model.output,
+        input=job.input_specs[0],
+        more_inputs=job.input_specs[1:],
+        output=job.output_specs[0],
+        more_outputs=job.output_specs[1:],
         batch=job.profile.batch,
         opset=job.profile.opset,
     )
@@ -56,7 +58,7 @@ def statistics_of(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:
     assert job.calibration is not None  # Job.resolve saw to it
     inputs = job.calibration.inputs
     with job.stage(f"calibrate on {len(inputs)} samples", len(inputs)) as advance:
-        found = calibrate(graph, feeds(inputs, job.input.name, size=1), advance=advance)
+        found = calibrate(graph, feeds(inputs, job.input_specs, size=1), advance=advance)
         job.calibrated = convergence(found)
     return found
 

@@ -6,7 +6,7 @@ seconds and leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,15 +16,35 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from exporter import environment, samples
-from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
+from exporter.contracts import (
+    Advance,
+    Model,
+    Precision,
+    Progress,
+    Runtime,
+    Session,
+    classification,
+    inputs_of,
+    outputs_of,
+)
 from exporter.data import DataSet, choose_calibration, open_data, shared_samples
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
 from exporter.network import Network, code_of
-from exporter.parity import collect_outputs
+from exporter.packing import packed_shape, unpack
+from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import PrecisionChoice, Profile
-from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Part, Source, TensorSpec
+from exporter.records import (
+    FEW_IMAGES,
+    Array,
+    Convergence,
+    Feed,
+    Outputs,
+    Part,
+    Source,
+    TensorSpec,
+)
 from exporter.samples import Samples, Split
 from exporter.stages import Stages
 from exporter.weights import Loaded
@@ -34,6 +54,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_RUNGS = 4  # in PyTorch: float64, float32 and folded, and what one of them is compared in
 _UNTRAINED = (
     "nobody trained the weights ({}): a trained network may lose more, and accuracy says nothing"
 )
@@ -52,7 +73,7 @@ class Job:
     module: nn.Module
     weights: str
     loaded: Loaded
-    input: TensorSpec
+    input_specs: tuple[TensorSpec, ...]
     profile: Profile
     precisions: dict[str, Precision]
     runtimes: dict[str, Runtime]
@@ -90,16 +111,22 @@ class Job:
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
-        spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
-        _check_memory(spec, profile, own=data is None or str(data) in samples.SPLITS)
+        first = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
+        inputs = (first, *inputs_of(chosen)[1:])
+        _check_memory(inputs, profile, own=data is None or str(data) in samples.SPLITS)
         module, origin, loaded = network.build(weights)
-        network.check(module, spec)
+        network.check(module, inputs)
         needed = any(precision.needs_calibration for precision in precisions.values())
-        fits = (chosen.data, spec, chosen.output, profile)
+        specs = outputs_of(chosen)
+        labelled = classification(specs)
+        fits = (chosen.data, inputs, labelled, profile)
         whole: Split | None = None if calibration is None else "held-out"
         dataset = open_data(data, *fits, whole=whole)
         judged_on = dataset.part("held-out")
         held_out = judged_on.samples
+        if labelled is None:
+            held_out = held_out._replace(labels=None)
+        _check_outputs_memory(specs, len(held_out.inputs) + profile.parity.random, profile)
         calibrating = None
         shared: tuple[int, ...] = ()
         if needed or calibration is not None:
@@ -115,13 +142,15 @@ class Job:
             module=module,
             weights=origin,
             loaded=loaded,
-            input=spec,
+            input_specs=inputs,
             profile=profile,
             precisions=precisions,
             runtimes=runtimes,
             data=dataset,
             held_out=held_out,
-            noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
+            noise=samples.noise(
+                packed_shape(inputs), count=profile.parity.random, seed=profile.parity.seed
+            ),
             calibration=calibrating,
             stages=stages,
             overlap=shared,
@@ -145,18 +174,33 @@ class Job:
         finally:
             torch.set_num_threads(before)
 
-    def outputs(self, session: Session, inputs: Array, advance: Advance = lambda: None) -> Array:
-        """Return what a session makes of the inputs, (samples, outputs) float64."""
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        return outputs_of(self.model)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.output_specs)
+
+    @property
+    def labelled(self) -> TensorSpec | None:
+        """Return the output that the labels are of, if it is plain which."""
+        return classification(self.output_specs)
+
+    def outputs(
+        self, session: Session, inputs: Array, advance: Advance = lambda: None
+    ) -> dict[str, Array]:
+        """Return what a session makes of the inputs, (samples, values) float64 by output."""
         size = self.profile.batch.opt
-        return collect_outputs(
+        return collect_all(
             session,
-            samples.feeds(inputs, self.input.name, size=size),
-            self.model.output.name,
+            samples.feeds(inputs, self.input_specs, size=size),
+            self.output_names,
             samples=len(inputs),
             advance=advance,
         )
 
-    def all_outputs(self, session: Session, what: str) -> tuple[Array, Array]:
+    def all_outputs(self, session: Session, what: str) -> tuple[Outputs, Outputs]:
         """Return what a session makes of the held-out samples and of the noise, as a stage."""
         size = self.profile.batch.opt
         inputs = (self.held_out.inputs, self.noise)
@@ -165,37 +209,52 @@ class Job:
             held_out, noise = (self.outputs(session, part, advance) for part in inputs)
         return held_out, noise
 
-    def gates(self, precision: str) -> PrecisionChoice:
-        """Return what the profile asks of a precision, as far as the samples can say it."""
+    def gates(self, precision: str, output: TensorSpec) -> PrecisionChoice:
+        """Return what the profile asks of an output, as far as that and the samples can say it."""
         found = self.profile.precision[precision]
-        if self.held_out.labels is not None:
-            return found
-        unlabelled = msgspec.structs.replace(found.tolerance, accuracy_drop=None)
-        return msgspec.structs.replace(found, tolerance=unlabelled)
+        tolerance, random = found.tolerance, found.random_tolerance
+        if self.held_out.labels is None or output != self.labelled:
+            tolerance = msgspec.structs.replace(tolerance, accuracy_drop=None)
+        if not output.has_classes:
+            tolerance, random = (
+                msgspec.structs.replace(gates, agreement=None) for gates in (tolerance, random)
+            )
+        return msgspec.structs.replace(found, tolerance=tolerance, random_tolerance=random)
 
     def feed(self, size: int) -> Feed:
         """Return one batch of held-out samples."""
-        return next(samples.feeds(self.held_out.inputs, self.input.name, size=size))
+        return next(samples.feeds(self.held_out.inputs, self.input_specs, size=size))
 
     def timed_feeds(self, size: int) -> list[Feed]:
         """Return the batches of held-out samples that a timing takes in turn."""
-        return samples.varied(self.held_out.inputs, self.input.name, size=size)
+        return samples.varied(self.held_out.inputs, self.input_specs, size=size)
 
-    def example(self) -> torch.Tensor:
+    def example(self) -> tuple[torch.Tensor, ...]:
         """Return two held-out samples as the network takes them."""
         import torch
 
-        return torch.from_numpy(self.held_out.inputs[:2])
+        two = unpack(self.held_out.inputs[:2], self.input_specs)
+        return tuple(torch.from_numpy(value) for value in two.values())
 
     def doubts(self) -> tuple[str, ...]:
         """Return the reasons not to trust what was found: of the weights, and of calibration."""
         untrained = not self.loaded.format and self.weights.startswith("random")
         doubts = [_UNTRAINED.format(self.weights)] if untrained else []
         doubts += self.data.record.doubts if self.data.record else ()
-        if self.held_out.labels is None:
+        if self.labelled is None:
+            doubts.append(
+                "accuracy is not checked, and no gate on it: " + _why_unlabelled(self.output_specs)
+            )
+        elif self.held_out.labels is None:
             doubts.append(
                 f"accuracy is not checked, and no gate on it: the {self.held_out.origin} have no "
                 "labels"
+            )
+        if dense := [spec for spec in self.output_specs if not spec.has_classes]:
+            names = " and ".join(repr(spec.name) for spec in dense)
+            doubts.append(
+                f"agreement is not checked, and no gate on it, for {names}: "
+                "only an output (N, classes) has labels that could agree"
             )
         if self.calibration is None or self.calibrated is None:
             return tuple(doubts)
@@ -223,13 +282,22 @@ class Job:
             weights=self.weights,
             weights_sha256=self.loaded.sha256,
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
-            input=self.input,
+            input=self.input_specs[0],
             output=self.model.output,
             opset=self.profile.opset,
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
             factory=code_of(self.model),
+            more_outputs=self.output_specs[1:],
+            more_inputs=self.input_specs[1:],
         )
+
+
+def _why_unlabelled(outputs: Sequence[TensorSpec]) -> str:
+    names = [repr(spec.name) for spec in outputs if spec.has_classes]
+    if not names:
+        return "no output is (N, classes)"
+    return f"nothing says which of {' and '.join(names)} the labels are of"
 
 
 def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
@@ -252,7 +320,7 @@ def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...
     )
 
 
-def _check_memory(spec: TensorSpec, profile: Profile, *, own: bool) -> None:
+def _check_memory(inputs: Sequence[TensorSpec], profile: Profile, *, own: bool) -> None:
     """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways.
 
     Where they are not the model's ``own``, they are read as they are needed.
@@ -260,11 +328,24 @@ def _check_memory(spec: TensorSpec, profile: Profile, *, own: bool) -> None:
     memory = environment.memory_bytes()
     count = samples.MOST if own else profile.calibration.images
     count += profile.parity.random + samples.VARIED * max(profile.timing.batches)
-    needed = count * prod(spec.shape) * 4
+    needed = count * prod(packed_shape(inputs)) * 4
     if memory and needed > memory:
-        shape = " × ".join(map(str, spec.shape))
+        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
         raise OutOfMemory(
             f"{count} samples of {shape} are {needed / 1e9:.0f} GB, more than this machine's "
             f"{memory / 1e9:.0f} GB of memory",
             hint="lower --input or parity.random",
+        )
+
+
+def _check_outputs_memory(outputs: Sequence[TensorSpec], count: int, profile: Profile) -> None:
+    """Raise `OutOfMemory` if what all artefacts give, which is kept to be compared, is too much."""
+    memory = environment.memory_bytes()
+    rungs = _RUNGS + len(profile.precision) * len(profile.runtime)
+    needed = rungs * count * sum(prod(spec.shape) for spec in outputs) * 8
+    if memory and needed > memory:
+        raise OutOfMemory(
+            f"{rungs} times the outputs of {count} samples are {needed / 1e9:.0f} GB, more than "
+            f"this machine's {memory / 1e9:.0f} GB of memory",
+            hint="lower --input, or give fewer samples with --data",
         )

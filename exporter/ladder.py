@@ -35,7 +35,17 @@ from exporter.fidelity import (
 )
 from exporter.job import Job
 from exporter.parity import compare_outputs
-from exporter.records import Array, Artefact, Fidelity, LayerError, Parity, Rung
+from exporter.records import (
+    Array,
+    Artefact,
+    Fidelity,
+    LayerError,
+    Outputs,
+    Parity,
+    Rung,
+    TensorSpec,
+    Tolerance,
+)
 from exporter.reference import TorchSession
 from exporter.samples import feeds
 from exporter.steps import across
@@ -55,40 +65,66 @@ _AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
 class Truth:
     """The unfolded network's outputs in float64, and how far float32 PyTorch is from them.
 
-    Arrays are (samples, outputs) float64; ``parities`` are on the held-out samples and on noise.
+    Arrays are (samples, values) float64, by output; ``parities`` are of every output, on the
+    held-out samples and then on noise.
     """
 
-    held_out: Array
-    noise: Array
+    held_out: Outputs
+    noise: Outputs
     pytorch: TorchSession
-    parities: tuple[Parity, Parity]
-    single: Array
-    folded: tuple[Array, Array]
+    parities: tuple[Parity, ...]
+    single: Outputs
+    folded: tuple[Outputs, Outputs]
     folded_module: nn.Module
 
     @classmethod
     def compute(cls, job: Job, folded: nn.Module) -> Truth:
         """Run the network in float64 and float32, and the folded one in float32."""
-        output = job.model.output.name
-        double = TorchSession.of(job.module, output, double=True)
-        single = TorchSession.of(job.module, output)
+        names = job.output_names
+        double = TorchSession.of(job.module, *names, double=True)
+        single = TorchSession.of(job.module, *names)
         held_out, noise = job.all_outputs(double, "run PyTorch in float64")
         got = job.all_outputs(single, "run PyTorch in float32")
-        short = job.all_outputs(TorchSession.of(folded, output), "run the folded network")
+        short = job.all_outputs(TorchSession.of(folded, *names), "run the folded network")
         with job.stages.quietly("judge PyTorch in float32", part="evidence"):
-            parities = (
-                compare_outputs(
-                    held_out, got[0], inputs=job.held_out.origin, labels=job.held_out.labels
-                ),
-                compare_outputs(noise, got[1], inputs=job.noise_name),
+            parities = tuple(
+                _compared(job, output, want, have, on_noise=on_noise)
+                for on_noise, want, have in ((False, held_out, got[0]), (True, noise, got[1]))
+                for output in job.output_specs
             )
         return cls(held_out, noise, single, parities, got[0], short, folded)
 
-    def few(self, held_out: Array, noise: Array) -> Array:
+    def few(self, held_out: Outputs, noise: Outputs) -> Outputs:
         """Return the outputs on the samples that fidelity is judged on."""
         import numpy as np
 
-        return np.concatenate([held_out[:_HELD_OUT], noise[:_NOISE]])
+        return {
+            name: np.concatenate([held_out[name][:_HELD_OUT], noise[name][:_NOISE]])
+            for name in held_out
+        }
+
+
+def _compared(
+    job: Job,
+    output: TensorSpec,
+    want: Outputs,
+    got: Outputs,
+    *,
+    on_noise: bool,
+    tolerance: Tolerance = Tolerance(),  # noqa: B008 - frozen
+    floor: float | None = None,
+) -> Parity:
+    """Return the parity of one output, with figures of classes where it may have some."""
+    return compare_outputs(
+        want[output.name],
+        got[output.name],
+        inputs=job.noise_name if on_noise else job.held_out.origin,
+        tolerance=tolerance,
+        labels=None if on_noise or output != job.labelled else job.held_out.labels,
+        noise_floor=floor,
+        output=output.name if len(job.output_specs) > 1 else None,
+        has_classes=output.has_classes,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +137,9 @@ class Asked:
 
     model: onnx.ModelProto
     emulator: Emulator | None
-    exact: Array | None = None
-    noisy: Array | None = None
-    reference: Array | None = None
+    exact: Outputs | None = None
+    noisy: Outputs | None = None
+    reference: Outputs | None = None
     against: str = TOP
     unseen: str | None = None
 
@@ -129,13 +165,13 @@ class Asked:
         return cls(model, emulator, got["exact"], got["noisy"], reference, against)
 
 
-def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) -> Array:
+def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) -> Outputs:
     import numpy as np
 
     few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
-    batches = feeds(few, emulator.inputs[0], size=_AT_ONCE)
-    found = emulate(emulator, batches, job.model.output.name, kind, advance=advance)
-    return found[: len(few)]  # the last batch begins again at the first
+    batches = feeds(few, job.input_specs, size=_AT_ONCE)
+    found = emulate(emulator, batches, kind, advance=advance)
+    return {name: rows[: len(few)] for name, rows in found.items()}  # the last batch is filled up
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +181,7 @@ class Ladder:
     job: Job
     truth: Truth
     source: Asked
-    outputs: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Outputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.outputs[TOP] = self.truth.held_out
@@ -212,29 +248,29 @@ class Ladder:
             rung=self._rung(artefact.name, above, fidelity),
         )
 
-    def _parity(self, artefact: Artefact, held_out: Array, noise: Array) -> tuple[Parity, Parity]:
-        gates = self.job.gates(artefact.precision)
-        on_held_out, on_noise = self.truth.parities
-        return (
-            compare_outputs(
-                self.truth.held_out,
-                held_out,
-                inputs=on_held_out.inputs,
-                tolerance=gates.tolerance,
-                labels=self.job.held_out.labels,
-                noise_floor=on_held_out.rel_l2,
-            ),
-            compare_outputs(
-                self.truth.noise,
-                noise,
-                inputs=on_noise.inputs,
-                tolerance=gates.random_tolerance,
-                noise_floor=on_noise.rel_l2,
-            ),
-        )
+    def _parity(self, artefact: Artefact, held_out: Outputs, noise: Outputs) -> tuple[Parity, ...]:
+        floors = iter(self.truth.parities)
+        found = []
+        for on_noise, want, got in (
+            (False, self.truth.held_out, held_out),
+            (True, self.truth.noise, noise),
+        ):
+            for output in self.job.output_specs:
+                gates = self.job.gates(artefact.precision, output)
+                tolerance = gates.random_tolerance if on_noise else gates.tolerance
+                floor = next(floors).rel_l2
+                found.append(
+                    _compared(
+                        *(self.job, output, want, got),
+                        on_noise=on_noise,
+                        tolerance=tolerance,
+                        floor=floor,
+                    )
+                )
+        return tuple(found)
 
     def _fidelity(
-        self, asked: Asked, candidate: Array, layers: tuple[LayerError, ...], unseen: str | None
+        self, asked: Asked, candidate: Outputs, layers: tuple[LayerError, ...], unseen: str | None
     ) -> Fidelity:
         top = self.truth.few(self.truth.held_out, self.truth.noise)
         return judge_outputs(
@@ -293,8 +329,12 @@ class Ladder:
         assert asked.exact is not None  # it has an emulator
         assert asked.noisy is not None
         top = self.truth.few(self.truth.held_out, self.truth.noise)
-        off, floor = distance(asked.exact, top), distance(asked.noisy, asked.exact)
-        return off is None or floor is None or off > LIMIT * floor
+        for name, want in top.items():
+            exact, noisy = asked.exact[name], asked.noisy[name]
+            off, floor = distance(exact, want), distance(noisy, exact)
+            if off is None or floor is None or off > LIMIT * floor:
+                return True
+        return False
 
     def _export_cause(self, asked: Asked) -> str:
         """Name the first layer that torch.onnx wrote as something else, or the fold."""
@@ -330,13 +370,30 @@ class Ladder:
         return Rung(
             name=name,
             above=above,
-            samples=len(got),
-            error_above=distance(got, over),
-            error_top=distance(got, top),
-            flips_above=_flips(got, over),
-            flips_top=_flips(got, top),
+            samples=len(next(iter(got.values()))),
+            error_above=_farthest(got, over),
+            error_top=_farthest(got, top),
+            flips_above=self._flips(got, over),
+            flips_top=self._flips(got, top),
             fidelity=fidelity,
         )
+
+    def _flips(self, one: Outputs, other: Outputs) -> int | None:
+        """Return how many samples have another largest output, of those that may be of classes.
+
+        None if there are none, or a value is not finite.
+        """
+        import numpy as np
+
+        flipped: Array | None = None
+        for output in self.job.output_specs:
+            mine, theirs = one[output.name], other[output.name]
+            if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
+                return None
+            if output.has_classes:
+                differ = mine.argmax(axis=1) != theirs.argmax(axis=1)
+                flipped = differ if flipped is None else flipped | differ
+        return None if flipped is None else int(flipped.sum())
 
 
 def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Array]:
@@ -355,10 +412,8 @@ def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, A
     return found
 
 
-def _flips(one: Array, other: Array) -> int | None:
-    """Return how many samples have another largest output, or None if a value is not finite."""
-    import numpy as np
-
-    if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        return None
-    return int((one.argmax(axis=1) != other.argmax(axis=1)).sum())
+def _farthest(one: Outputs, other: Outputs) -> float | None:
+    """Return the relative distance of the output that is farthest, None if one is not finite."""
+    found = [distance(one[name], other[name]) for name in one]
+    finite = [off for off in found if off is not None]
+    return max(finite) if len(finite) == len(found) else None

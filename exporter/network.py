@@ -6,16 +6,17 @@ nobody trained are only taken where they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.checkpoints import read_checkpoint
-from exporter.contracts import Model
+from exporter.contracts import Model, outputs_of
 from exporter.errors import InputRefused
-from exporter.factories import FactoryModel, check_output
+from exporter.factories import FactoryModel
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
+from exporter.outputs import check_outputs
 from exporter.plugins import load_model
 from exporter.records import TensorSpec
 from exporter.weights import Loaded, fit_weights
@@ -95,8 +96,8 @@ class Network(NamedTuple):
         loaded = fit_weights(module, checkpoint)
         return module, path.name.encode(errors="replace").decode(), loaded  # names may be any bytes
 
-    def check(self, module: nn.Module, spec: TensorSpec) -> None:
-        """Raise `InputRefused` unless it makes the output of the input.
+    def check(self, module: nn.Module, inputs: Sequence[TensorSpec]) -> None:
+        """Raise `InputRefused` unless it makes the outputs of the inputs.
 
         On torch's meta device, for free; what a factory made has run for real already.
         """
@@ -104,21 +105,25 @@ class Network(NamedTuple):
 
         if isinstance(self.model, FactoryModel):
             return
-        shape = " × ".join(map(str, spec.shape))
-        if min(spec.shape) < 1:
+        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
+        if min(size for spec in inputs for size in spec.shape) < 1:
             raise InputRefused(
                 f"{self.name} cannot take an input of {shape}: every size must be 1 or more"
             )
+        given = [torch.empty(1, *spec.shape, device="meta") for spec in inputs]
         try:
             with torch.inference_mode():
-                found = deepcopy(module).to("meta")(torch.empty(1, *spec.shape, device="meta"))
+                found = deepcopy(module).to("meta")(*given)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputRefused(f"{self.name} cannot take an input of {shape}: {reason}") from error
-        gives = check_output(found, name=self.name, batch=1)
-        if gives != self.model.output.shape:
-            wanted = " × ".join(map(str, self.model.output.shape))
-            raise InputRefused(f"{self.name} says that it gives {wanted} values, not {gives[0]}")
+        gives = check_outputs(found, name=self.name, batch=1, taken=[spec.name for spec in inputs])
+        wanted, got = ([one.shape for one in side] for side in (outputs_of(self.model), gives))
+        if wanted != got:
+            said, found = (
+                " and ".join(" × ".join(map(str, s)) for s in side) for side in (wanted, got)
+            )
+            raise InputRefused(f"{self.name} says that it gives {said} values, not {found}")
 
 
 def code_of(model: Model) -> str | None:

@@ -7,7 +7,7 @@ NaN "agrees" with argmax of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from exporter.contracts import Advance
@@ -26,32 +26,51 @@ def collect_outputs(
     samples: int,
     advance: Advance = lambda: None,
 ) -> Array:
-    """Run every feed and return the named output of the first ``samples``, (samples, outputs).
+    """Run every feed and return the named output: `collect_all` of it alone."""
+    return collect_all(session, feeds, (output,), samples=samples, advance=advance)[output]
+
+
+def collect_all(
+    session: Callable[[Feed], Outputs],
+    feeds: Iterable[Feed],
+    outputs: Sequence[str],
+    *,
+    samples: int,
+    advance: Advance = lambda: None,
+) -> dict[str, Array]:
+    """Run every feed and return the named outputs of the first ``samples``, (samples, values).
 
     What comes back is float64; ``advance`` is called after each feed.
 
-    Raises `GraphError` if the session has no output of that name, or one without a row for each
+    Raises `GraphError` if the session has no output of a name, or one without a row for each
     sample of the batch, each as long as those before it.
     """
     import numpy as np
 
-    parts: list[Array] = []
+    parts: dict[str, list[Array]] = {name: [] for name in outputs}
     for feed in feeds:
         found = session(feed)
-        if output not in found:
-            raise GraphError(f"no output named {output!r}, only {', '.join(map(repr, found))}")
-        value = np.asarray(found[output], dtype=np.float64)
-        size = len(next(iter(feed.values())))
-        if value.shape[:1] != (size,) or not value.size:
-            raise GraphError(f"the output {output!r} is {value.shape} for a batch of {size}")
-        parts.append(value.reshape(size, -1))
-        if parts[-1].shape[1:] != parts[0].shape[1:]:
-            raise GraphError(
-                f"the output {output!r} has {parts[-1].shape[1]} values a sample, and had "
-                f"{parts[0].shape[1]} before"
-            )
+        for name, rows in parts.items():
+            if name not in found:
+                raise GraphError(f"no output named {name!r}, only {', '.join(map(repr, found))}")
+            rows.append(_rows(name, found[name], len(next(iter(feed.values())))))
+            if rows[-1].shape[1:] != rows[0].shape[1:]:
+                raise GraphError(
+                    f"the output {name!r} has {rows[-1].shape[1]} values a sample, and had "
+                    f"{rows[0].shape[1]} before"
+                )
         advance()
-    return np.concatenate(parts)[:samples]
+    return {name: np.concatenate(rows)[:samples] for name, rows in parts.items()}
+
+
+def _rows(name: str, found: Array, size: int) -> Array:
+    """Return an output for a batch of a size as (size, values) float64. Raises `GraphError`."""
+    import numpy as np
+
+    value = np.asarray(found, dtype=np.float64)
+    if value.shape[:1] != (size,) or not value.size:
+        raise GraphError(f"the output {name!r} is {value.shape} for a batch of {size}")
+    return value.reshape(size, -1)
 
 
 def check_same_interface(
@@ -59,23 +78,28 @@ def check_same_interface(
     name: str,
     *,
     input: TensorSpec,
+    more_inputs: Sequence[TensorSpec] = (),
     output: TensorSpec,
+    more_outputs: Sequence[TensorSpec] = (),
     dtypes: Collection[str] = ("float32",),
 ) -> None:
-    """Raise `GraphError` unless a graph declares the reference's input and output, and no others.
+    """Raise `GraphError` unless a graph declares the reference's inputs and outputs, and no others.
 
     The batch axis may be free or fixed, and the type must be one of ``dtypes``; ``name`` is what
     the error calls the graph.
     """
     stored = {tensor.name for tensor in graph.initializer}
     taken = [value for value in graph.input if value.name not in stored]
-    for verb, values, spec in (("takes", taken, input), ("gives", list(graph.output), output)):
+    inputs, outputs = (input, *more_inputs), (output, *more_outputs)
+    for verb, values, specs in (("takes", taken, inputs), ("gives", graph.output, outputs)):
         found = " and ".join(_declared(value) for value in values) or "nothing"
-        wanted = {_named(spec.name, ("N", *map(str, spec.shape)), dtype) for dtype in dtypes}
-        if found not in wanted:
-            either = " or ".join(dtypes)
-            reference = _named(spec.name, ("N", *map(str, spec.shape)), either)
+        if found not in {_asked(specs, dtype) for dtype in dtypes}:
+            reference = _asked(specs, " or ".join(dtypes))
             raise GraphError(f"{name} {verb} {found}, and the reference {verb} {reference}")
+
+
+def _asked(specs: Iterable[TensorSpec], dtype: str) -> str:
+    return " and ".join(_named(spec.name, ("N", *map(str, spec.shape)), dtype) for spec in specs)
 
 
 def _declared(value: onnx.ValueInfoProto) -> str:
@@ -111,11 +135,14 @@ def compare_outputs(
     tolerance: Tolerance = Tolerance(),  # noqa: B008 - frozen
     labels: Array | None = None,
     noise_floor: float | None = None,
+    output: str | None = None,
+    has_classes: bool = True,
 ) -> Parity:
-    """Return the distance between two arrays of outputs, both (samples, outputs).
+    """Return the distance between two arrays of one output, both (samples, values).
 
     ``labels`` (samples,) adds accuracy; without them, say on noise, one class alone is no lack.
     ``noise_floor``, float32 PyTorch's own relative error, adds the error as a multiple of it.
+    ``output`` names one of several, and without ``has_classes`` there are no figures of classes.
     Raises `GraphError` if the shapes differ or are empty.
     """
     import numpy as np
@@ -133,17 +160,19 @@ def compare_outputs(
     same = (top_want == top_got) & ~undecided
     told = finite and labels is not None
     right, still = top_want == labels, top_got == labels
+    decides = finite and has_classes
     return Parity(
+        output=output,
         inputs=inputs,
         samples=len(want),
         max_abs=_largest_error(want, got) if finite else None,
         rel_l2=_relative_error(want, got) if finite else None,
         cosine=_smallest_cosine(want, got) if finite else None,
-        margin_used=_margin_used(want, got) if finite else None,
+        margin_used=_margin_used(want, got) if decides else None,
         noise_floor=noise_floor,
-        agreeing=int(same.sum()) if finite else None,
-        undecided=int(undecided.sum()),
-        classes=len(np.unique(top_want)),
+        agreeing=int(same.sum()) if decides else None,
+        undecided=int(undecided.sum()) if has_classes else 0,
+        classes=len(np.unique(top_want)) if has_classes else 0,
         labels=None if labels is None else len(np.unique(labels)),
         reference_correct=int(right.sum()) if told else None,
         lost=int((right & ~still).sum()) if told else None,

@@ -145,14 +145,19 @@ def _check_fold(job: Job, folded: Folded, truth: Truth) -> FoldRecord:
     """Fold again in float64: what is left between the two is rounding, or the fold is wrong."""
     with job.stage("check the fold in float64", part="evidence"):
         exact = fold_batchnorm(deepcopy(job.module).double(), job.example()).module
-        session = TorchSession.of(exact, job.model.output.name, double=True)
+        session = TorchSession.of(exact, *job.output_names, double=True)
         got = job.outputs(session, job.held_out.inputs[:_FOLD_SAMPLES])
-    error = compare_outputs(truth.held_out[: len(got)], got, inputs="").rel_l2
-    return FoldRecord(folded.fates, error)
+    errors = [
+        compare_outputs(truth.held_out[name][: len(found)], found, inputs="").rel_l2
+        for name, found in got.items()
+    ]
+    finite = [error for error in errors if error is not None]
+    return FoldRecord(folded.fates, max(finite) if len(finite) == len(errors) else None)
 
 
 def _doubts_of_accuracy(truth: Truth) -> tuple[str, ...]:
-    accuracy = truth.parities[0].reference_accuracy
+    found = (parity.reference_accuracy for parity in truth.parities)
+    accuracy = next((share for share in found if share is not None), None)
     if accuracy is None or accuracy >= _USEFUL:
         return ()
     return (

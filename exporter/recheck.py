@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import msgspec
 import onnx
@@ -27,9 +28,10 @@ from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.onnx_files import check_onnx
+from exporter.packing import unpack
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, Report, Variant
+from exporter.records import Array, Artefact, Report, TensorSpec, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
@@ -72,8 +74,8 @@ def check_bundle(
         model or before.source.model,
         load_profile(folder / "profile.toml"),
         weights=weights,
-        input_shape=before.source.input.shape,
-        classes=before.source.output.shape[0] if before.source.output.shape else None,
+        input_shape=None if before.source.more_inputs else before.source.input.shape,
+        classes=_classes(before),
         calibration=calibration,
         data=data,
         progress=progress,
@@ -94,7 +96,7 @@ def check_bundle(
         bundle = _Bundle(job, folder, intact, ladder, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
     if bundle.found:
-        _save(folder, bundle.found)
+        _save(folder, bundle.found, job.input_specs)
     return msgspec.structs.replace(
         before,
         environment=environment.capture(),
@@ -123,11 +125,30 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     """
     _, before = read_bundle(folder)
     profile = load_profile(folder / "profile.toml")
-    return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
+    inputs = {spec.name: spec.shape for spec in before.source.inputs}
+    asked = inputs if len(inputs) > 1 else before.source.input.shape
+    return load_factory(code, profile.model.args, input_shape=asked)
+
+
+def _classes(before: Report) -> int | None:
+    """Return how many classes a bundle's network was asked to tell apart, if it does that alone."""
+    only = before.source.outputs
+    return only[0].shape[0] if len(only) == 1 and only[0].has_classes else None
 
 
 def _check_sources(job: Job, before: Report) -> None:
-    """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
+    """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report.
+
+    And the network takes and gives what it did.
+    """
+    source = before.source
+    for verb, then, now in (
+        ("takes", source.inputs, job.input_specs),
+        ("gives", source.outputs, job.output_specs),
+    ):
+        if then != now:
+            said = (f"the bundle's network {verb} {_said(then)}", f"and this one {_said(now)}")
+            raise InputRefused(", ".join(said))
     wanted, found = before.source.weights_sha256, job.loaded.sha256
     if wanted != found:
         raise InputRefused(
@@ -150,6 +171,10 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
+
+
+def _said(tensors: tuple[TensorSpec, ...]) -> str:
+    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +238,10 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
         check_same_interface(
             read_graph(path),
             name,
-            input=bundle.job.input,
-            output=bundle.job.model.output,
+            input=bundle.job.input_specs[0],
+            more_inputs=bundle.job.input_specs[1:],
+            output=bundle.job.output_specs[0],
+            more_outputs=bundle.job.output_specs[1:],
             dtypes=("float32", "float16"),
         )
     elif name not in bundle.intact:
@@ -232,14 +259,15 @@ def _search(
     surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
-    truth = TorchSession.of(job.module, job.model.output.name, double=True)
+    truth = TorchSession.of(job.module, *job.output_names, double=True)
     what = f"{artefact.name}: search the worst case"
     with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(
             artefact.name,
             reference=source,
             surrogate=surrogate,
-            output=job.model.output.name,
+            inputs=job.input_specs,
+            outputs=job.output_specs,
             samples=job.held_out.inputs,
             on_samples=(bundle.ladder.truth.held_out, bundle.ladder.outputs[artefact.name]),
             run_reference=partial(job.outputs, truth),
@@ -247,18 +275,24 @@ def _search(
             search=search,
             advance=advance,
         )
-    name = f"{artefact.precision}-{artefact.runtime}.npy"
+    kind = "npz" if len(job.input_specs) > 1 else "npy"
+    name = f"{artefact.precision}-{artefact.runtime}.{kind}"
     record = msgspec.structs.replace(found.record, file=f"{_WORST}/{name}")
     return Found(record, found.inputs)
 
 
-def _save(folder: Path, found: list[Found]) -> None:
+def _save(folder: Path, found: list[Found], inputs: tuple[TensorSpec, ...]) -> None:
     """Put the worst inputs into the bundle, in place of those of an earlier search."""
     import numpy as np
 
     with extended_bundle(folder, _WORST) as part:
         for case in found:
             assert case.record.file is not None
-            np.save(part / Path(case.record.file).name, case.inputs)
+            path = part / Path(case.record.file).name
+            if len(inputs) == 1:
+                np.save(path, case.inputs)
+            else:
+                arrays: dict[str, Any] = {**unpack(case.inputs, inputs)}
+                np.savez(path, **arrays)
         text = msgspec.json.format(msgspec.json.encode([case.record for case in found]), indent=2)
         (part / "record.json").write_bytes(text + b"\n")

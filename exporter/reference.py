@@ -6,11 +6,11 @@ latency, and its own distance from float64 is the noise floor that errors are co
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from exporter.outputs import flatten
 from exporter.records import Feed, Outputs
 
 if TYPE_CHECKING:
@@ -23,23 +23,25 @@ class TorchSession:
     """An eager PyTorch module on the CPU, in eval mode, computing in ``dtype``."""
 
     module: nn.Module
-    output: str
+    names: tuple[str, ...]
     dtype: torch.dtype
     threads: int
 
     @classmethod
-    def of(cls, module: nn.Module, output: str, *, double: bool = False) -> TorchSession:
-        """Wrap a module with one input and one output; a copy of it where it must be cast."""
+    def of(cls, module: nn.Module, *outputs: str, double: bool = False) -> TorchSession:
+        """Wrap a module with one input and these outputs; a copy of it where it must be cast."""
         import torch
 
         dtype = torch.float64 if double else torch.float32
         cast = deepcopy(module).to(dtype) if double else module
-        return cls(cast.eval(), output, dtype, torch.get_num_threads())
+        return cls(cast.eval(), outputs, dtype, torch.get_num_threads())
 
     def __call__(self, feed: Feed) -> Outputs:
-        return {self.output: self.bind(feed)().numpy()}
+        bound = self.bind(feed)
+        bound()
+        return bound.outputs()
 
-    def bind(self, feed: Feed) -> Callable[[], Any]:
+    def bind(self, feed: Feed) -> _Bound:
         import torch
 
         return _Bound(self, [torch.from_numpy(v).to(self.dtype) for v in feed.values()])
@@ -49,9 +51,9 @@ class TorchSession:
 class _Bound:
     session: TorchSession
     tensors: list[torch.Tensor]
-    last: torch.Tensor | None = None
+    last: Any = None
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> Any:
         import torch
 
         with torch.inference_mode():
@@ -60,4 +62,5 @@ class _Bound:
 
     def outputs(self) -> Outputs:
         assert self.last is not None  # a run came before
-        return {self.session.output: self.last.numpy()}
+        found = flatten(self.last).values()
+        return {n: value.numpy() for n, value in zip(self.session.names, found, strict=True)}

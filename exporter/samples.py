@@ -9,12 +9,13 @@ std those of the training split, and is upsampled bilinearly to the network's in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from exporter.digests import digests
 from exporter.errors import ExportError, InputRefused, UnknownName
+from exporter.packing import unpack
 from exporter.records import LEAST_IMAGES, Array, Feed, TensorSpec
 
 Split: TypeAlias = Literal["train", "held-out"]
@@ -68,6 +69,7 @@ def fitting(channels: int) -> str:
     return "digits" if channels == 1 else "repeated-digits"
 
 
+NO_DATA = ""  # a model's own, where it has none
 SPLITS = {"digits": digits, "repeated-digits": repeated_digits}
 
 
@@ -197,20 +199,28 @@ def overlap(inputs: Array, held_out: Array) -> tuple[int, ...]:
     return tuple(index for index, digest in enumerate(digests(inputs)) if digest in judged_on)
 
 
-def feeds(inputs: Array, name: str, *, size: int) -> Iterator[Feed]:
+Inputs: TypeAlias = str | Sequence[TensorSpec]
+
+
+def feeds(inputs: Array, given: Inputs, *, size: int) -> Iterator[Feed]:
     """Yield the samples in order in full batches of ``size``; the last begins again at the first.
 
-    An engine may not take a smaller batch, so whoever collects the outputs drops what is over.
+    ``given`` is the input's name, or the inputs that each sample has side by side. An engine may
+    not take a smaller batch, so whoever collects the outputs drops what is over.
     """
     import numpy as np
 
     for start in range(0, len(inputs), size):
-        yield {name: inputs.take(np.arange(start, start + size), axis=0, mode="wrap")}
+        yield _fed(inputs.take(np.arange(start, start + size), axis=0, mode="wrap"), given)
 
 
-def varied(inputs: Array, name: str, *, size: int, count: int = VARIED) -> list[Feed]:
+def varied(inputs: Array, given: Inputs, *, size: int, count: int = VARIED) -> list[Feed]:
     """Return ``count`` batches of ``size`` that begin at even distances among the samples."""
     import numpy as np
 
     starts = [part * len(inputs) // count for part in range(count)]
-    return [{name: inputs.take(np.arange(s, s + size), axis=0, mode="wrap")} for s in starts]
+    return [_fed(inputs.take(np.arange(s, s + size), axis=0, mode="wrap"), given) for s in starts]
+
+
+def _fed(batch: Array, given: Inputs) -> Feed:
+    return {given: batch} if isinstance(given, str) else unpack(batch, given)

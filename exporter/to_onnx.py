@@ -11,8 +11,9 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_OUTPUT = "output:"  # what no tensor of PyTorch's is called
 
 
 def export_onnx(
@@ -31,26 +33,31 @@ def export_onnx(
     path: Path,
     *,
     input: TensorSpec,
+    more_inputs: Sequence[TensorSpec] = (),
     output: TensorSpec,
+    more_outputs: Sequence[TensorSpec] = (),
     batch: BatchRange,
     opset: int = 20,
 ) -> OnnxModel:
     """Write the network, which takes (N, *input.shape) float32, to ``path``.
 
-    Raises `GraphError` if it cannot be exported, or if what was written is not valid ONNX.
+    ``more_inputs`` are those behind the first, in the order of its forward(), and ``output`` and
+    ``more_outputs`` name what it gives, in its order. Raises `GraphError` if it
+    cannot be exported, or if what was written is not valid ONNX.
     """
     import onnx
     import torch
 
-    example = torch.zeros(2, *input.shape)  # a batch of 1 would be taken for a constant
+    inputs = (input, *more_inputs)
+    example = tuple(torch.zeros(2, *spec.shape) for spec in inputs)  # 1 would be a constant
     try:
         with _quiet():
             program = torch.onnx.export(
                 module,
-                (example,),
-                input_names=[input.name],
-                output_names=[output.name],
-                dynamic_shapes=({0: "batch"},),
+                example,
+                input_names=[spec.name for spec in inputs],
+                output_names=[f"{_OUTPUT}{i}" for i in range(1 + len(more_outputs))],
+                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
                 opset_version=opset,
                 dynamo=True,
                 external_data=False,
@@ -61,6 +68,7 @@ def export_onnx(
         raise GraphError(f"torch.onnx cannot export the network: {reason}") from error
     assert program is not None  # only None when a path is given
     model = program.model_proto
+    _name_outputs(model, [spec.name for spec in (output, *more_outputs)])
     _name_by_module(model)
     _strip(model)
     try:
@@ -72,7 +80,27 @@ def export_onnx(
     if found != opset:
         raise GraphError(f"torch.onnx wrote opset {found} where {opset} was asked for")
     onnx.save(model, path)
-    return OnnxModel(path, "fp32", input, output, batch)
+    return OnnxModel(path, "fp32", input, output, batch, tuple(more_inputs))
+
+
+def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Give the outputs their names; a tensor inside that has one of them gets another."""
+    graph = model.graph
+    if len(graph.output) != len(names):
+        raise GraphError(
+            f"torch.onnx wrote {len(graph.output)} outputs, and the network gives {len(names)}"
+        )
+    known = {tensor.name for tensor in (*graph.input, *graph.initializer, *graph.value_info)}
+    known |= {name for node in graph.node for name in node.output}
+    renamed = {value.name: name for value, name in zip(graph.output, names, strict=True)}
+    for name in known.intersection(names):
+        free = (f"{name}_{i}" for i in count(1))
+        renamed[name] = next(new for new in free if new not in known and new not in names)
+    for tensor in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [renamed.get(name, name) for name in side]
 
 
 def _name_by_module(model: onnx.ModelProto) -> None:

@@ -16,11 +16,15 @@ Gradients are taken through emulations of both graphs in PyTorch, with operators
 off. What counts is confirmed: every input is run through the artefact itself, and through PyTorch
 in float64; and between a sample and where it crossed the boundary, halving finds the place at which
 the network itself is undecided, so that the artefact has to decide.
+
+Several outputs stand side by side, each divided by its root mean square on the samples. Labels are
+those of the first that may be a classification, and without one there are no boundaries, and
+`drift` and `gap` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,10 +32,12 @@ import torch
 from torch import Tensor
 
 from exporter.contracts import Advance
-from exporter.emulation import Emulator
-from exporter.records import Array, Flip, WorstCase
+from exporter.emulation import Emulator, Values
+from exporter.packing import unpack
+from exporter.records import Array, Flip, Outputs, TensorSpec, WorstCase
 
-Run = Callable[[Array], Array]
+Run = Callable[[Array], Outputs]
+Box = tuple[float, float] | tuple[Tensor, Tensor]
 
 KINDS = ("drift", "gap", "flip", "extreme")
 _CONFIRM_EVERY = 5
@@ -65,9 +71,10 @@ def search_worst_case(
     *,
     reference: Emulator,
     surrogate: Emulator,
-    output: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
     samples: Array,
-    on_samples: tuple[Array, Array],
+    on_samples: tuple[Outputs, Outputs],
     run_reference: Run,
     run_artefact: Run,
     search: Search = Search(),  # noqa: B008 - immutable
@@ -77,15 +84,17 @@ def search_worst_case(
 
     ``reference`` and ``surrogate`` are the network's graph and the artefact's, for gradients;
     ``on_samples`` has what the network and the artefact give on the samples themselves, and
-    ``run_reference`` and ``run_artefact`` take (n, C, H, W) float32 and give (n, outputs) float64.
+    ``run_reference`` and ``run_artefact`` take (n, C, H, W) float32 and give (n, values) float64 of
+    each of the ``outputs``; several ``inputs`` lie side by side, as `exporter.packing` has them.
     ``advance`` is called after each step.
     """
-    witness = _Witness(run_reference, run_artefact)
-    want, got = on_samples
+    view = _View.of(outputs, on_samples[0])
+    witness = _Witness(view, run_reference, run_artefact)
+    want, got = map(view.join, on_samples)
     witness.note(samples, samples, want, got, step=0)
     started, flipped = witness.gap, witness.flips
-    lanes = _Lanes.choose(samples, want, search)
-    climb = _Climb(reference.in_float32(), surrogate.in_float32(), output, lanes, search)
+    lanes = _Lanes.choose(samples, want, view, search, box=_box(samples, inputs))
+    climb = _Climb(reference.in_float32(), surrogate.in_float32(), inputs, view, lanes, search)
     x = torch.from_numpy(lanes.origins)
     for step in range(1, search.steps + 1):
         x = climb.step(x, step)
@@ -104,8 +113,72 @@ def search_worst_case(
         flips=witness.flips - flipped,
         first_flip=witness.first_flip,
         nonfinite=witness.nonfinite,
+        has_classes=view.classes is not None,
+        is_relative=len(outputs) > 1,
     )
     return Found(record, witness.inputs())
+
+
+def _box(samples: Array, inputs: Sequence[TensorSpec]) -> Box:
+    """Return the smallest and the largest value; of several inputs each one's own, (values,)."""
+    if len(inputs) == 1:
+        return float(samples.min()), float(samples.max())
+    parts = [torch.from_numpy(part).flatten(1) for part in unpack(samples[:], inputs).values()]
+    low, high = (
+        torch.cat([side(part).expand(part.shape[1]) for part in parts])
+        for side in (torch.min, torch.max)
+    )
+    return low, high
+
+
+class _View(NamedTuple):
+    """The outputs side by side: what each is divided by, and where the one with labels stands."""
+
+    scales: dict[str, float]
+    classes: slice | None
+
+    @classmethod
+    def of(cls, outputs: Sequence[TensorSpec], want: Outputs) -> _View:
+        import numpy as np
+
+        scales, classes, start = {}, None, 0
+        for spec in outputs:
+            values = want[spec.name]
+            size = float(np.sqrt(np.square(values).mean())) if len(outputs) > 1 else 1.0
+            scales[spec.name] = size if 0 < size < np.inf else 1.0
+            stop = start + values.shape[1]
+            if spec.has_classes and classes is None:
+                classes = slice(start, stop)
+            start = stop
+        return cls(scales, classes)
+
+    def join(self, found: Outputs) -> Array:
+        """Return outputs as (samples, values)."""
+        import numpy as np
+
+        return np.concatenate([found[name] / size for name, size in self.scales.items()], axis=1)
+
+    def joined(self, found: Values) -> Tensor:
+        """Return a graph's outputs as (batch, values)."""
+        parts = [found[name].reshape(len(found[name]), -1) / s for name, s in self.scales.items()]
+        return torch.cat(parts, dim=1)
+
+    def margins(self, values: Array) -> Array:
+        """Return by how much each sample's largest class exceeds the next, (samples,)."""
+        import numpy as np
+
+        if self.classes is None:
+            return np.full(len(values), np.inf)
+        return _margins(values[:, self.classes])
+
+    def labels(self, values: Array) -> Array:
+        """Return each sample's largest class, (samples,); 0 where there are none."""
+        import numpy as np
+
+        if self.classes is None:
+            return np.zeros(len(values), np.int64)
+        found: Array = values[:, self.classes].argmax(axis=1)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,32 +191,33 @@ class _Lanes:
     signs: Tensor
     low: Tensor
     high: Tensor
-    width: float
+    reach: float | Tensor
 
     @classmethod
-    def choose(cls, samples: Array, want: Array, search: Search) -> _Lanes:
+    def choose(cls, samples: Array, want: Array, view: _View, search: Search, box: Box) -> _Lanes:
         """Begin at the samples that the network is least sure of, and at others by chance."""
         import numpy as np
 
         generator = np.random.default_rng(search.seed)
-        unsure = np.argsort(_margins(want), kind="stable")[: -(-search.lanes // 2)]
+        unsure = np.argsort(view.margins(want), kind="stable")[: -(-search.lanes // 2)]
         others = generator.permutation(len(samples))[: search.lanes - len(unsure)]
         chosen = np.concatenate([unsure, others])
         origins = samples[chosen]
-        low, high = float(samples.min()), float(samples.max())
+        low, high = box
         reach = search.radius * (high - low)
         start = torch.from_numpy(origins)
         pairs = generator.choice([-1.0, 1.0], (len(chosen), want.shape[1]))
-        rounds = np.arange(len(chosen)) // len(KINDS)  # each kind again: two rounds make a pair
+        kinds = KINDS if view.classes is not None else KINDS[:2]
+        rounds = np.arange(len(chosen)) // len(kinds)  # each kind again: two rounds make a pair
         signs = pairs[rounds // 2] * np.where(rounds % 2, -1.0, 1.0)[:, None]
         return cls(
             origins=origins,
-            labels=torch.from_numpy(want[chosen].argmax(axis=1)),
-            kinds=tuple(KINDS[i % len(KINDS)] for i in range(len(chosen))),
+            labels=torch.from_numpy(view.labels(want[chosen])),
+            kinds=tuple(kinds[i % len(kinds)] for i in range(len(chosen))),
             signs=torch.from_numpy(signs).float(),
             low=(start - reach).clamp(min=low),
             high=(start + reach).clamp(max=high),
-            width=reach,
+            reach=reach,
         )
 
 
@@ -153,7 +227,8 @@ class _Climb:
 
     reference: Emulator
     surrogate: Emulator
-    output: str
+    inputs: Sequence[TensorSpec]
+    view: _View
     lanes: _Lanes
     search: Search
 
@@ -162,21 +237,20 @@ class _Climb:
         x = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(self._height(x).sum(), x)
         share = 0.25 * 0.04 ** ((number - 1) / max(1, self.search.steps - 1))
-        moved = x.detach() + share * self.lanes.width * slope.nan_to_num().sign()
+        moved = x.detach() + share * self.lanes.reach * slope.nan_to_num().sign()
         return torch.minimum(torch.maximum(moved, self.lanes.low), self.lanes.high)
 
     def _height(self, x: Tensor) -> Tensor:
-        name = self.reference.inputs[0]
-        r = self.reference.run({name: x}, "leaky")[self.output].flatten(1)
-        y = self.surrogate.run({self.surrogate.inputs[0]: x}, "leaky")[self.output].flatten(1)
+        given = unpack(x, self.inputs)
+        r = self.view.joined(self.reference.run(given, "leaky"))
+        y = self.view.joined(self.surrogate.run(given, "leaky"))
         d, label, signs = y - r, self.lanes.labels[:, None], self.lanes.signs
-        rival = r.detach().scatter(1, label, -torch.inf).argmax(dim=1, keepdim=True)
-        ends = {
-            "gap": d.square().sum(dim=1),
-            "drift": (signs * d).sum(dim=1),
-            "flip": (y.gather(1, rival) - y.gather(1, label)).flatten(),
-            "extreme": (signs * r).gather(1, rival).flatten(),
-        }
+        ends = {"gap": d.square().sum(dim=1), "drift": (signs * d).sum(dim=1)}
+        if self.view.classes is not None:
+            r, y, signs = (side[:, self.view.classes] for side in (r, y, signs))
+            rival = r.detach().scatter(1, label, -torch.inf).argmax(dim=1, keepdim=True)
+            ends["flip"] = (y.gather(1, rival) - y.gather(1, label)).flatten()
+            ends["extreme"] = (signs * r).gather(1, rival).flatten()
         return torch.stack([ends[kind][i] for i, kind in enumerate(self.lanes.kinds)])
 
 
@@ -184,6 +258,7 @@ class _Climb:
 class _Witness:
     """Runs inputs through the network and the artefact themselves, and keeps the worst."""
 
+    view: _View
     run_reference: Run
     run_artefact: Run
     tried: int = 0
@@ -196,8 +271,8 @@ class _Witness:
 
     def see(self, inputs: Array, origins: Array, step: int) -> Array:
         """Confirm inputs, of which ``origins`` are the real samples, and return the network's."""
-        want = self.run_reference(inputs)
-        self.note(inputs, origins, want, self.run_artefact(inputs), step)
+        want = self.view.join(self.run_reference(inputs))
+        self.note(inputs, origins, want, self.view.join(self.run_artefact(inputs)), step)
         return want
 
     def note(self, inputs: Array, origins: Array, want: Array, got: Array, step: int) -> None:
@@ -212,9 +287,10 @@ class _Witness:
         self.nonfinite += int((~finite).sum())
         gaps = np.where(finite, np.abs(got - want).max(axis=1), np.inf)
         self.gap = max(self.gap, float(gaps[finite].max(initial=0.0)))
-        margins = _margins(want)
-        decided = finite & (margins > _UNDECIDED * np.abs(want).max(axis=1))
-        flipped = np.flatnonzero(decided & (want.argmax(axis=1) != got.argmax(axis=1)))
+        margins, before, after = self.view.margins(want), *map(self.view.labels, (want, got))
+        sizes = np.abs(want[:, self.view.classes or slice(None)]).max(axis=1)
+        decided = finite & (margins > _UNDECIDED * sizes)
+        flipped = np.flatnonzero(decided & (before != after))
         self.flips += len(flipped)
         if len(flipped) and self.first_flip is None:
             i = int(flipped[0])
@@ -222,8 +298,8 @@ class _Witness:
                 step=step,
                 distance=float(np.abs(inputs[i] - origins[i]).max()),
                 margin=float(margins[i]),
-                reference=int(want[i].argmax()),
-                artefact=int(got[i].argmax()),
+                reference=int(before[i]),
+                artefact=int(after[i]),
             )
         self._flipped += [inputs[i].copy() for i in flipped[: _KEPT - len(self._flipped)]]
         self._widest += [(float(gaps[i]), inputs[i].copy()) for i in np.argsort(-gaps)[:_KEPT]]
@@ -234,15 +310,17 @@ class _Witness:
         """Halve the way from each sample to where the network's label has changed."""
         import numpy as np
 
-        before = self.run_reference(origins).argmax(axis=1)
-        crossed = self.run_reference(inputs).argmax(axis=1) != before
+        before, behind = (
+            self.view.labels(self.view.join(self.run_reference(side))) for side in (origins, inputs)
+        )
+        crossed = behind != before
         if not crossed.any():
             return
         near, far, label = origins[crossed], inputs[crossed], before[crossed]
         start = near
         for _ in range(_HALVINGS):
             middle = ((near + far) / 2).astype(inputs.dtype)
-            same = self.see(middle, start, step).argmax(axis=1) == label
+            same = self.view.labels(self.see(middle, start, step)) == label
             same = same.reshape(-1, *[1] * (middle.ndim - 1))
             near, far = np.where(same, middle, near), np.where(same, far, middle)
 

@@ -36,7 +36,7 @@ def profile(**tables) -> Profile:
 
 
 def opened(path: Path | str, **tables) -> Given:
-    found = open_data(path, "digits", INPUT, OUTPUT, profile(**tables))
+    found = open_data(path, "digits", [INPUT], OUTPUT, profile(**tables))
     assert isinstance(found, Given)
     return found
 
@@ -372,13 +372,13 @@ def test_the_share_is_kept_within_chance(share):
 
 
 def test_with_calibration_data_of_their_own_all_samples_are_judged_on(tmp_path):
-    data = open_data(saved(tmp_path, GOOD), "digits", INPUT, OUTPUT, profile(), whole="held-out")
+    data = open_data(saved(tmp_path, GOOD), "digits", [INPUT], OUTPUT, profile(), whole="held-out")
     assert len(data.part("held-out").samples.inputs) == 100
     assert data.part("held-out").samples.labels is None
 
 
 def test_digits_are_the_models_own():
-    found = open_data("digits", "digits", TensorSpec("x", (1, 8, 8)), OUTPUT, profile())
+    found = open_data("digits", "digits", [TensorSpec("x", (1, 8, 8))], OUTPUT, profile())
     assert found.record is None
     assert found.part("held-out").samples.origin == "360 held-out digits"
 
@@ -387,7 +387,7 @@ def test_digits_are_the_models_own():
 
 
 def calibrated(given, judged, **tables):
-    return choose_calibration(given, judged, "digits", INPUT, OUTPUT, profile(**tables))
+    return choose_calibration(given, judged, "digits", [INPUT], OUTPUT, profile(**tables))
 
 
 def test_calibration_draws_by_content_from_what_is_not_judged_on(tmp_path):
@@ -416,7 +416,9 @@ def test_more_than_there_are_for_calibration_are_refused_with_the_way_out(tmp_pa
 
 
 def test_a_shared_sample_is_found_between_two_files_of_different_kinds(tmp_path):
-    judged = open_data(saved(tmp_path, GOOD), "digits", INPUT, OUTPUT, profile(), whole="held-out")
+    judged = open_data(
+        saved(tmp_path, GOOD), "digits", [INPUT], OUTPUT, profile(), whole="held-out"
+    )
     other = np.random.default_rng(1).standard_normal((8, 3, 4, 5)).astype(np.float32)
     other[3] = GOOD[77]
     found = calibrated(as_npz(tmp_path, {"inputs": other}), judged)

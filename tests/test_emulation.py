@@ -661,7 +661,7 @@ def tiny(tiny_onnx) -> onnx.ModelProto:
 def outputs(model: onnx.ModelProto, kind: str, images=IMAGES, size: int = 4, **more) -> np.ndarray:
     emulator = Emulator.of(model)
     count = -(-len(images) // size)
-    found = emulate(emulator, feeds(images, "input", size=size), "logits", kind, **more)
+    found = emulate(emulator, feeds(images, "input", size=size), kind, **more)["logits"]
     assert len(found) == count * size
     return found[: len(images)]
 

@@ -351,9 +351,9 @@ Y = RNG.standard_normal((6, 4))
 
 
 def judged(candidate, floor=1e-6, **more):
-    noisy = Y * (1 + floor) if floor is not None else None
-    exact = Y if floor is not None else None
-    return judge_outputs(Y, candidate, exact=exact, noisy=noisy, against="it", **more)
+    noisy = {"y": Y * (1 + floor)} if floor is not None else None
+    exact = {"y": Y} if floor is not None else None
+    return judge_outputs({"y": Y}, {"y": candidate}, exact=exact, noisy=noisy, against="it", **more)
 
 
 @pytest.mark.parametrize(("times", "verdict"), [(0.0, "pass"), (3.99, "pass"), (4.01, "fail")])

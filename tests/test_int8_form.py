@@ -305,10 +305,10 @@ def test_onnx_runtimes_integers_are_what_was_asked_for(network, linear, request)
     x = HELD_OUT[:12]
     errors = layer_errors(made, made, x)
     verdict = judge_outputs(
-        emulated(made, x),
-        run(made, x),
-        exact=emulated(made, x),
-        noisy=emulated(made, x, "noisy"),
+        {"y": emulated(made, x)},
+        {"y": run(made, x)},
+        exact={"y": emulated(made, x)},
+        noisy={"y": emulated(made, x, "noisy")},
         against="the graph in float64",
         layers=errors,
     )

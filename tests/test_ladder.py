@@ -51,7 +51,11 @@ def resolve(model, **overrides) -> Job:
 def ladder_of(job: Job, folder: Path) -> Ladder:
     folded = fold_batchnorm(job.module, job.example()).module
     path = export_onnx(
-        folded, folder / "a.onnx", input=job.input, output=job.model.output, batch=job.profile.batch
+        folded,
+        folder / "a.onnx",
+        input=job.input_specs[0],
+        output=job.model.output,
+        batch=job.profile.batch,
     ).path
     return Ladder(job, Truth.compute(job, folded), Asked.of(job, onnx.load(path), "fp32"))
 
@@ -160,7 +164,8 @@ def test_what_was_asked_for_passes_in_every_layer(judge, asked, name):
 def test_figures_of_a_rung_follow_from_its_outputs(judge, ladder, asked):
     judge("fp32", asked["fp32"].model)
     rung = judge("int8", asked["int8"].model).rung
-    got, over, top = (ladder.outputs[name] for name in ("int8 on ort-cpu", "fp32 on ort-cpu", TOP))
+    rungs = ("int8 on ort-cpu", "fp32 on ort-cpu", TOP)
+    got, over, top = (ladder.outputs[name]["logits"] for name in rungs)
     assert rung.above == "fp32 on ort-cpu"
     assert rung.error_above == pytest.approx(np.linalg.norm(got - over) / np.linalg.norm(over))
     assert rung.error_top == pytest.approx(np.linalg.norm(got - top) / np.linalg.norm(top))
@@ -180,7 +185,7 @@ def test_the_rungs_in_pytorch_are_its_own_error_and_the_fold(ladder, tiny_module
 
 
 def test_a_fold_that_is_wrong_fails_before_anything_is_exported(ladder):
-    off = tuple(part * (1 + 1e-4) for part in ladder.truth.folded)
+    off = tuple({"logits": part["logits"] * (1 + 1e-4)} for part in ladder.truth.folded)
     truth = dataclasses.replace(ladder.truth, folded=off)
     wrong = Ladder(ladder.job, truth, ladder.source)
     assert wrong.pytorch_rungs()[1].fidelity.verdict == "fail"
@@ -488,7 +493,9 @@ def test_a_layer_that_the_exporter_wrote_wrongly_is_its_fault_and_not_the_runtim
     job = resolve(tiny_model)
     folded = fold_batchnorm(job.module, job.example()).module
     path = tmp_path / "a.onnx"
-    export_onnx(folded, path, input=job.input, output=job.model.output, batch=job.profile.batch)
+    export_onnx(
+        folded, path, input=job.input_specs[0], output=job.model.output, batch=job.profile.batch
+    )
     graph = onnx.load(path)
     weight = next(t for t in graph.graph.initializer if t.name == "block2.0.conv2.weight")
     flipped = onnx.numpy_helper.to_array(weight)[:, :, ::-1, ::-1].copy()

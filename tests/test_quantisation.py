@@ -186,7 +186,7 @@ def test_the_gain_of_a_tensor_is_that_of_its_quantised_reads_by_its_jacobian(pla
 
     def outputs(offset: torch.Tensor) -> torch.Tensor:
         x = torch.from_numpy(sample)
-        return network.run(x, offsets={name: offset})[network.output][0]
+        return network.run(x, offsets={name: offset})[network.emulator.outputs[0]][0]
 
     value = network.run(torch.from_numpy(sample), watch=[name])[name]
     jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros_like(value))

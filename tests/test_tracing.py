@@ -45,7 +45,7 @@ def check(module: nn.Module, *, folded: int, example: bool = True, batches=(1, 2
     module = ready(module)
     given = PICTURES if example else None
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    traced, _ = trace(module, given)
+    traced, _ = trace(module, (given,) if example else None)
     result = fold_batchnorm(module, given)
     for batch in batches:
         x = PICTURES.repeat(2, 1, 1, 1)[:batch]
@@ -280,7 +280,7 @@ def test_every_kind_of_layer_is_lifted_and_computes_the_same():
     said = check(Everything(), folded=12)
     assert len(said) == 12
     module = ready(Everything())
-    traced, uncalled = trace(module, PICTURES)
+    traced, uncalled = trace(module, (PICTURES,))
     assert not uncalled
     layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU)
     want = {n: str(m) for n, m in module.named_modules() if isinstance(m, layers)}

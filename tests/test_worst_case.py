@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import TinyModel
 from onnx import helper, numpy_helper
 
 import exporter
@@ -85,13 +86,19 @@ def network(tiny_module):
     return lambda x: double({"input": x})["logits"]
 
 
+def named(run):
+    """Return what gives the outputs by name."""
+    return lambda x: {"logits": run(x)}
+
+
 def search(graph, model, network, **asked):
-    artefact = runs(model)
+    network, artefact = named(network), named(runs(model))
     return search_worst_case(
         "planted",
         reference=Emulator.of(graph),
         surrogate=Emulator.of(model),
-        output="logits",
+        inputs=(TinyModel.input,),
+        outputs=(TinyModel.output,),
         samples=samples(),
         on_samples=(network(samples()), artefact(samples())),
         run_reference=network,

@@ -219,10 +219,10 @@ def judge(case: Case, mutant: onnx.ModelProto, *, as_written: bool = True) -> Fi
 def verdict(case: Case, truth: Truth, candidate: Array, found: Mapping[str, Array]) -> Fidelity:
     """Return the gate's verdict on outputs, and on tensors by name."""
     return judge_outputs(
-        truth.reference,
-        candidate,
-        exact=truth.exact,
-        noisy=truth.noisy,
+        {OUTPUT.name: truth.reference},
+        {OUTPUT.name: candidate},
+        exact={OUTPUT.name: truth.exact},
+        noisy={OUTPUT.name: truth.noisy},
         against=truth.against,
         layers=tuple(compare_layers(case.emulator, found)) if found else (),
     )
@@ -230,7 +230,7 @@ def verdict(case: Case, truth: Truth, candidate: Array, found: Mapping[str, Arra
 
 def _emulated(emulator: Emulator, inputs: Array, kind: Any) -> Array:
     batches = feeds(inputs, emulator.inputs[0], size=len(inputs))
-    return emulate(emulator, batches, OUTPUT.name, kind)
+    return emulate(emulator, batches, kind)[OUTPUT.name]
 
 
 _NOTHING = Truth(*[np.zeros((0, 10))] * 4, "nothing")

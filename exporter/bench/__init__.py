@@ -37,7 +37,6 @@ from exporter.latency import Entrant, time_in_turn
 from exporter.plugins import options_of
 from exporter.records import (
     SCHEMA,
-    Array,
     BenchAsked,
     BenchReport,
     Checked,
@@ -46,6 +45,7 @@ from exporter.records import (
     Latency,
     Noise,
     NotTimed,
+    Outputs,
     Timed,
     Timing,
 )
@@ -215,7 +215,7 @@ class _Bench:
             (*others.doubt(), *noise.doubts, *(gpu.doubts if gpu else ())),
         )
 
-    def _untimed(self, size: int) -> dict[str, list[Array]]:
+    def _untimed(self, size: int) -> dict[str, list[Outputs]]:
         """Return every candidate's outputs on what it will be timed on, before anything is."""
         return {
             name: untimed(candidate, sessions[0], self._feeds(candidate, size))
@@ -223,7 +223,7 @@ class _Bench:
         }
 
     def _time(
-        self, size: int, expected: dict[str, list[Array]], sensors: Sensors | None
+        self, size: int, expected: dict[str, list[Outputs]], sensors: Sensors | None
     ) -> list[Latency]:
         """Time all at one batch size, and note how far timed outputs are from untimed ones."""
         entrants: dict[str, Entrant] = {}
@@ -232,8 +232,7 @@ class _Bench:
             own = ways(name, sessions, self._feeds(candidate, size))
             entrants |= own
             for way in own:
-                output = candidate.bundle.report.source.output.name
-                watch.wanted[way] = Wanted(name, output, expected[name])
+                watch.wanted[way] = Wanted(name, expected[name])
 
         def seen(name: str, turn: int, step: Callable[[], Any]) -> None:
             watch(name, turn, step)

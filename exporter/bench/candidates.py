@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from exporter import environment, samples
 from exporter.bundle import Manifest
-from exporter.contracts import Model, Runtime
+from exporter.contracts import Model, Runtime, classification
 from exporter.data import open_data
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
 from exporter.onnx_files import check_onnx
@@ -50,6 +50,13 @@ class Bundle:
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
+        if report.source.more_inputs:
+            names = ", ".join(spec.name for spec in report.source.inputs)
+            raise InputRefused(
+                f"{label}: its network takes several inputs ({names}), and bundles of one input "
+                "are timed so far",
+                hint="the export itself times every artefact; its report.md has the table",
+            )
         held_out = _held_out(report, profile, _own_data(report, model), data)
         return cls(label, folder, manifest, report, profile, held_out)
 
@@ -58,7 +65,9 @@ def _held_out(report: Report, profile: Profile, own: str, data: Path | str | Non
     """Return the samples of the data named, which must be those that the bundle was judged on."""
     source, before = report.source, report.data
     whole: Split | None = "held-out" if before and before.held_out == before.samples else None
-    found = open_data(data, own, source.input, source.output, profile, whole=whole)
+    found = open_data(
+        data, own, source.inputs, classification(source.outputs), profile, whole=whole
+    )
     if data is not None:
         check_data(found.record, before)
     return found.load("held-out")

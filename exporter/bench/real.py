@@ -12,7 +12,7 @@ from exporter.bench.candidates import Candidate
 from exporter.contracts import Bound, Session
 from exporter.errors import BuildError, InputRefused
 from exporter.parity import collect_outputs
-from exporter.records import Array, Checked, Feed
+from exporter.records import Array, Checked, Feed, Outputs
 from exporter.samples import feeds
 
 _SHARE = 0.25  # of the timed runs, whose outputs are read
@@ -22,8 +22,7 @@ class Wanted(NamedTuple):
     """Of which candidate a timed run is, and what it computes, called untimed on each batch."""
 
     candidate: str
-    output: str
-    batches: Sequence[Array]
+    batches: Sequence[Outputs]
 
 
 @dataclass(slots=True)
@@ -43,8 +42,8 @@ class Watch:
         if (self._draws.random_sample() >= _SHARE and turn) or not isinstance(step, Bound):
             return
         wanted = self.wanted[name]
-        got = np.asarray(step.outputs()[wanted.output])
-        apart = distance(wanted.batches[turn % len(wanted.batches)], got)
+        got, batch = step.outputs(), wanted.batches[turn % len(wanted.batches)]
+        apart = max(distance(want, got[name]) for name, want in batch.items())
         self.found.setdefault(wanted.candidate, []).append(apart)
 
 
@@ -69,13 +68,17 @@ def first_run(candidate: Candidate, session: Session, feed: Feed) -> float:
         return 1e3 * (perf_counter() - start)
 
 
-def untimed(candidate: Candidate, session: Session, batches: Sequence[Feed]) -> list[Array]:
+def untimed(candidate: Candidate, session: Session, batches: Sequence[Feed]) -> list[Outputs]:
     """Return the outputs of each batch. Raises `InputRefused` if the model does not take it."""
     import numpy as np
 
-    name = candidate.bundle.report.source.output.name
+    names = [spec.name for spec in candidate.bundle.report.source.outputs]
+    found: list[Outputs] = []
     with _taking(candidate, batches[0]):
-        return [np.array(session(feed)[name]) for feed in batches]
+        for feed in batches:
+            given = session(feed)
+            found.append({name: np.array(given[name]) for name in names})
+    return found
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def check_accuracy(candidate: Candidate, session: Session) -> Checked:
     outputs = collect_outputs(
         session,
         feeds(bundle.held_out.inputs, source.input.name, size=bundle.profile.batch.opt),
-        source.output.name,
+        recorded.output or source.output.name,
         samples=recorded.samples,
     )
     correct = int((outputs.argmax(axis=1) == bundle.held_out.labels).sum())

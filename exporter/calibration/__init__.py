@@ -22,6 +22,7 @@ from exporter.contracts import Advance, Statistics
 from exporter.cores import usable_cores
 from exporter.digests import folds
 from exporter.errors import GraphError, InputRefused
+from exporter.packing import pack
 from exporter.records import Array, Feed
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def calibrate(
     for count, (sample, given_back) in enumerate(_given(session, written, feeds), 1):
         values = {name: sample[name] for name in given}
         values |= zip(written, given_back, strict=True)
-        (fold,) = folds(sample[given[0]], FOLDS)
+        (fold,) = folds(pack([sample[name] for name in given]), FOLDS)
         for name, value in values.items():
             found[name].add(value, fold)
             if not found[name].finite:

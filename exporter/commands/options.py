@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+from exporter.errors import InputRefused
 from exporter.initial import INITIAL, Initial
 
 if TYPE_CHECKING:
     from exporter.factories import FactoryModel
+
+
+InputShape: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
 
 class Shape(click.ParamType[tuple[int, ...]]):
@@ -28,6 +33,40 @@ class Shape(click.ParamType[tuple[int, ...]]):
 
 input_option = click.option(
     "--input", "input_shape", type=Shape(), help="Input shape, say 1x224x224."
+)
+
+
+class NamedShape(Shape):
+    """``1x224x224``, or ``mask=1x224x224`` for one of several inputs."""
+
+    name = "[NAME=]CxHxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        name, given, shape = str(value).rpartition("=")
+        if given and not name.isidentifier():
+            self.fail(f"{name!r} is not the name of an input", param, ctx)
+        return name, super().convert(shape, param, ctx)
+
+
+def _together(ctx: Any, param: Any, given: tuple[Any, ...]) -> InputShape:
+    """Return one shape as it is, and several by their names."""
+    names = [name for name, _ in given]
+    if len(given) == 1 and not names[0]:
+        shape: tuple[int, ...] = given[0][1]
+        return shape
+    if len(set(names)) < len(names) or "" in names:
+        raise click.BadParameter("several inputs need a name each, as a=1x8x8", ctx, param)
+    return dict(given) or None
+
+
+inputs_option = click.option(
+    "--input",
+    "input_shape",
+    type=NamedShape(),
+    multiple=True,
+    callback=_together,
+    help="Input shape, say 1x224x224; of several inputs of your own network each, as a=3x64x64, "
+    "by the names that its forward() has for them.",
 )
 
 
@@ -66,11 +105,24 @@ model_option = click.option(
 )
 
 
-def network_of(
-    model: str, args: dict[str, Any], input_shape: tuple[int, ...] | None
-) -> str | FactoryModel:
-    """Return a built-in network's name as it is, and what a factory makes that was named."""
+def network_of(model: str, args: dict[str, Any], input_shape: InputShape) -> str | FactoryModel:
+    """Return a built-in network's name as it is, and what a factory makes that was named.
+
+    Raises `InputRefused` as `load_factory`, and for inputs by name of a built-in network.
+    """
     from exporter.factories import load_factory
     from exporter.given_code import is_code
 
-    return load_factory(model, args, input_shape=input_shape) if is_code(model) else model
+    if is_code(model):
+        return load_factory(model, args, input_shape=input_shape)
+    if isinstance(input_shape, Mapping):
+        raise InputRefused(
+            f"{model} takes one input, and --input names {', '.join(input_shape)}",
+            hint="leave out the name, as --input 1x224x224",
+        )
+    return model
+
+
+def size_of(input_shape: InputShape) -> tuple[int, ...] | None:
+    """Return the shape of an input alone; several are said to the factory."""
+    return input_shape if isinstance(input_shape, tuple) else None

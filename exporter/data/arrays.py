@@ -2,7 +2,8 @@
 
 Inputs are (N, C, H, W), float32 as the network takes them, or uint8 pixels that `preprocess.mean`
 and `preprocess.std` say the meaning of. An ``.npz`` or safetensors file may have labels beside
-them, (N,) integers, under the names ``inputs`` and ``labels``. Pickled objects are never loaded.
+them, (N,) integers, under the names ``inputs`` and ``labels``. A network of several inputs takes an
+array for each, float32, under its own name. Pickled objects are never loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -20,7 +21,8 @@ from exporter.data.gathered import Gathered
 from exporter.data.lazy import CHUNK, Fetch, Lazy
 from exporter.data.pictures import check_scale_said, normalise
 from exporter.errors import ExportError, InputRefused
-from exporter.records import Array, Preprocess
+from exporter.packing import pack, packed_shape
+from exporter.records import Array, Preprocess, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +43,19 @@ class Stored(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What samples must be: (C, H, W), the number of classes, and what pixels mean."""
+    """What samples must be: the network's inputs, the number of classes, and what pixels mean.
 
-    shape: tuple[int, ...]
-    classes: int
+    Where there are no classes, labels are left alone.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    classes: int | None
     preprocess: Preprocess
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one sample, several inputs side by side."""
+        return packed_shape(self.inputs)
 
 
 def gather_npy(path: Path, asked: Asked) -> Gathered:
@@ -53,6 +63,7 @@ def gather_npy(path: Path, asked: Asked) -> Gathered:
     import numpy as np
 
     with _reading(path, "numpy.save(path, array)"):
+        check_one(path.name, asked)
         with path.open("rb") as stream:
             shape, dtype = _header(stream, path.name)
             needed = prod(shape) * dtype.itemsize
@@ -78,8 +89,8 @@ def gather_npz(path: Path, asked: Asked) -> Gathered:
                 for member in archive.infolist()
             }
             size = sum(member.file_size for member in archive.infolist())
-        inputs, labels = _names(path.name, described)
-        check_inputs(path.name, *described[inputs], asked)
+        inputs, labels = _names(path.name, described, asked)
+        check_each(path.name, [described[name] for name in inputs], asked)
         packed = path.stat().st_size
         if size > _LARGEST or size > max(_SMALL, _TIGHTEST * packed):
             raise InputRefused(
@@ -88,10 +99,9 @@ def gather_npz(path: Path, asked: Asked) -> Gathered:
                 hint="give large data as an .npy file, which is not unpacked",
             )
         with np.load(path, allow_pickle=False) as loaded:
-            array = loaded[inputs]
+            arrays = [loaded[name] for name in inputs]
             beside = None if labels is None else loaded[labels]
-    stored = Stored(array.shape, array.dtype, lambda chosen: array[chosen])
-    return gather(path.name, "an .npz file", stored, beside, asked)
+    return gather(path.name, "an .npz file", joined(arrays), beside, asked)
 
 
 def gather_safetensors(path: Path, asked: Asked) -> Gathered:
@@ -110,11 +120,14 @@ def gather_safetensors(path: Path, asked: Asked) -> Gathered:
                     hint="save inputs as float32 or uint8, and labels as int64",
                 )
             described[key] = (tuple(part.get_shape()), np.dtype(_TYPES[part.get_dtype()]))
-        inputs, labels = _names(path.name, described)
-        check_inputs(path.name, *described[inputs], asked)
+        inputs, labels = _names(path.name, described, asked)
+        check_each(path.name, [described[name] for name in inputs], asked)
         beside = None if labels is None else file.get_tensor(labels)
-        rows = file.get_slice(inputs)
-    stored = Stored(*described[inputs], lambda chosen: _slices(rows, chosen))
+        parts = [file.get_slice(name) for name in inputs]
+    if len(inputs) > 1:
+        stored = joined([file.get_tensor(name) for name in inputs])
+    else:
+        stored = Stored(*described[inputs[0]], lambda chosen: _slices(parts[0], chosen))
     return gather(path.name, "a safetensors file", stored, beside, asked)
 
 
@@ -126,16 +139,48 @@ def gather(name: str, kind: str, stored: Stored, labels: Array | None, asked: As
     samples = Lazy(lambda chosen: prepare(stored.rows(chosen)), stored.shape[0], asked.shape)
     digests = look(name, samples, raw=None if pixels else stored.rows)
     mean, std = asked.preprocess.mean, asked.preprocess.std
+    classes = None if labels is None else asked.classes
+    if labels is not None and classes is not None:
+        labels = check_labels(name, labels, len(samples), classes)
     return Gathered(
         kind=kind,
         name=name,
         samples=samples,
         digests=digests,
         by="inputs",
-        labels=None if labels is None else check_labels(name, labels, len(samples), asked.classes),
-        classes=None if labels is None else asked.classes,
+        labels=None if classes is None else labels,
+        classes=classes,
         preprocessing=f"uint8, (p/255 − {mean}) / {std}" if pixels else "none: as they are stored",
     )
+
+
+def joined(arrays: Sequence[Array]) -> Stored:
+    """Return inputs that are there as rows to be read."""
+    shape = arrays[0].shape
+    if len(arrays) > 1:
+        shape = (shape[0], sum(array[:1].size for array in arrays))
+    return Stored(shape, arrays[0].dtype, lambda chosen: pack([array[chosen] for array in arrays]))
+
+
+def check_each(
+    name: str, described: Sequence[tuple[tuple[int, ...], np.dtype[Any]]], asked: Asked
+) -> None:
+    """Raise `InputRefused` unless there is an array for each input, all of as many samples."""
+    if len(asked.inputs) == 1:
+        check_inputs(name, *described[0], asked)
+        return
+    for spec, (shape, dtype) in zip(asked.inputs, described, strict=True):
+        if dtype != "float32":
+            raise InputRefused(
+                f"{name}: {spec.name!r} is {dtype}, and several inputs must be float32",
+                hint="normalise it, and convert it with array.astype(numpy.float32)",
+            )
+        check_inputs(f"{name}: {spec.name!r}", shape, dtype, asked._replace(inputs=(spec,)))
+        if shape[0] != described[0][0][0]:
+            raise InputRefused(
+                f"{name}: {shape[0]} samples of {spec.name!r}, and {described[0][0][0]} of "
+                f"{asked.inputs[0].name!r}"
+            )
 
 
 def _as_they_are(rows: Array) -> Array:
@@ -279,20 +324,46 @@ def _member(
     return shape, dtype
 
 
-def _names(name: str, found: Mapping[str, object]) -> tuple[str, str | None]:
+def _names(
+    name: str, found: Mapping[str, object], asked: Asked
+) -> tuple[tuple[str, ...], str | None]:
     """Return which arrays are inputs and labels. Raises `InputRefused` where it would be guessed.
 
-    One array alone is the inputs, whatever its name.
+    One array alone is the inputs, whatever its name; those of several inputs have theirs.
     """
+    if len(asked.inputs) > 1:
+        return check_names(name, found, asked), "labels" if "labels" in found else None
     if len(found) == 1 and "labels" not in found:
-        return next(iter(found)), None
+        return tuple(found), None
     if set(found) == {"inputs", "labels"}:
-        return "inputs", "labels"
+        return ("inputs",), "labels"
     keys = ", ".join(map(repr, list(found)[:5])) + (", …" if len(found) > 5 else "")
     raise InputRefused(
         f"{name}: arrays named {keys or 'nothing at all'}, and nothing says which are the inputs",
         hint="save one array, or two named 'inputs' and 'labels'",
     )
+
+
+def check_names(name: str, found: Iterable[str], asked: Asked) -> tuple[str, ...]:
+    """Return the inputs' names. Raises `InputRefused` unless they are those found, but labels."""
+    wanted = tuple(spec.name for spec in asked.inputs)
+    if {*found} - {"labels"} != {*wanted}:
+        raise InputRefused(
+            f"{name}: arrays named {', '.join(map(repr, found)) or 'nothing at all'}, and the "
+            f"network takes {' and '.join(map(repr, wanted))}",
+            hint=f"save one array for each: {', '.join(wanted)}, and labels where there are some",
+        )
+    return wanted
+
+
+def check_one(name: str, asked: Asked) -> None:
+    """Raise `InputRefused` for one array where a network takes several."""
+    if len(asked.inputs) > 1:
+        wanted = [spec.name for spec in asked.inputs]
+        raise InputRefused(
+            f"{name}: one array, and the network takes {' and '.join(map(repr, wanted))}",
+            hint=f"give one array for each, by its name: {', '.join(wanted)}",
+        )
 
 
 def _slices(part: Any, chosen: Array) -> Array:

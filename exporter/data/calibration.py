@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from exporter import samples
-from exporter.data.sets import BuiltIn, DataSet, Part, open_data
+from exporter.data.sets import BuiltIn, DataSet, Part, needs_several, open_data
 from exporter.digests import digests
 from exporter.errors import InputRefused
+from exporter.packing import unpack
 from exporter.profile import Profile
 from exporter.records import Array, TensorSpec
 from exporter.samples import Samples
@@ -20,8 +22,8 @@ def choose_calibration(
     given: Array | Path | str | None,
     judged: DataSet,
     model_data: str,
-    input: TensorSpec,
-    output: TensorSpec,
+    inputs: Sequence[TensorSpec],
+    output: TensorSpec | None,
     profile: Profile,
 ) -> Part:
     """Return the samples that set the scales.
@@ -31,15 +33,17 @@ def choose_calibration(
     `InputRefused` if they are too few, or nothing that scales can be taken from.
     """
     if given is None:
-        return _draw(judged, input, profile)
+        return _draw(judged, inputs, profile)
     if isinstance(given, Path | str) and Path(given).suffix.lower() != ".npy":
-        own = open_data(given, model_data, input, output, profile, whole="train")
-        part = _draw(own, input, profile)
+        own = open_data(given, model_data, inputs, output, profile, whole="train")
+        part = _draw(own, inputs, profile)
         samples.check_scale(part.samples.inputs, _others(judged), origin=Path(given).name)
         return part
     origin = Path(given).name if isinstance(given, Path | str) else "the given array"
     array = samples.load_array(Path(given)) if isinstance(given, Path | str) else given
-    samples.check_calibration(array, input, origin=origin)
+    if len(inputs) > 1:
+        raise needs_several(origin, inputs)
+    samples.check_calibration(array, inputs[0], origin=origin)
     samples.check_scale(array, _others(judged), origin=origin)
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
     found = Samples(array, None, f"{len(array)} samples of {origin}, SHA-256 {digest}…")
@@ -54,7 +58,7 @@ def _others(judged: DataSet) -> Samples:
     return found._replace(inputs=found.inputs[:_USUAL])
 
 
-def _draw(data: DataSet, input: TensorSpec, profile: Profile) -> Part:
+def _draw(data: DataSet, inputs: Sequence[TensorSpec], profile: Profile) -> Part:
     """Return so many samples for calibration: of built-in ones by position, else by content."""
     wanted = profile.calibration
     if isinstance(data, BuiltIn):
@@ -70,15 +74,20 @@ def _draw(data: DataSet, input: TensorSpec, profile: Profile) -> Part:
             "for judging, or give calibration data of their own with --calibration",
         )
     chosen = by_content(part.digests, wanted.seed)[: wanted.images]
-    inputs = part.samples.inputs[chosen]
-    samples.check_calibration(inputs, input, origin=data.gathered.name)
+    rows = part.samples.inputs[chosen]
+    for spec, values in zip(inputs, unpack(rows, inputs).values(), strict=True):
+        samples.check_calibration(values, spec, origin=_of(data.gathered.name, spec, inputs))
     origin = (
         f"{len(chosen)} of the {part.samples.origin}, SHA-256 {data.record.sha256[:12]}…, seed "
         f"{wanted.seed}"
     )
     return Part(
-        Samples(inputs, None, origin), tuple(part.digests[index] for index in chosen), part.by
+        Samples(rows, None, origin), tuple(part.digests[index] for index in chosen), part.by
     )
+
+
+def _of(name: str, spec: TensorSpec, inputs: Sequence[TensorSpec]) -> str:
+    return name if len(inputs) == 1 else f"{name}: {spec.name!r}"
 
 
 def by_content(found: tuple[str, ...], seed: int) -> list[int]:

@@ -82,21 +82,24 @@ DataSet = BuiltIn | Given
 def open_data(
     words: str | Path | None,
     model_data: str,
-    input: TensorSpec,
-    output: TensorSpec,
+    inputs: Sequence[TensorSpec],
+    output: TensorSpec | None,
     profile: Profile,
     *,
     whole: Split | None = None,
 ) -> DataSet:
     """Return the data that the words name, or the model's own.
 
-    ``whole`` is the split that all samples go to, where they are not to be divided. Raises
+    ``output`` is the classification that labels are of, None where there is none, and ``whole`` the
+    split that all samples go to, where they are not to be divided. Raises
     `InputRefused` for data that cannot be read, or do not fit the network's input and classes.
     """
     if words is None or str(words) in SPLITS:
+        if len(inputs) > 1:
+            raise needs_several(str(words or "the built-in digits"), inputs)
         own = words is None or (str(words) == "digits" and model_data in SPLITS)
-        return BuiltIn(model_data if own else str(words), input.shape)
-    gathered = gather(str(words), input, output, profile)
+        return BuiltIn(model_data if own else str(words), inputs[0].shape)
+    gathered = gather(str(words), inputs, output, profile)
     numbers = divide(gathered.digests, profile.data.held_out)
     if whole:
         numbers = {"train": [], "held-out": []}
@@ -110,18 +113,23 @@ def open_data(
     return Given(gathered, _record(gathered, numbers), numbers)
 
 
-def gather(words: str, input: TensorSpec, output: TensorSpec, profile: Profile) -> Gathered:
+def gather(
+    words: str, inputs: Sequence[TensorSpec], output: TensorSpec | None, profile: Profile
+) -> Gathered:
     """Return the samples that the words name, undivided. Raises `InputRefused`."""
-    asked = Asked(input.shape, prod(output.shape), profile.preprocess)
+    classes = None if output is None else prod(output.shape)
+    asked = Asked(tuple(inputs), classes, profile.preprocess)
     path = Path(os.path.abspath(words))  # noqa: PTH100 - its name, and resolve() would follow a link
     if is_code(words):
         return gather_made(words, asked)
     if path.is_dir():
-        found = gather_images(path, input.shape, profile.preprocess, profile.data)
-        if found.classes not in (None, asked.classes):
+        if len(inputs) > 1:
+            raise needs_several(path.name, inputs)
+        found = gather_images(path, inputs[0].shape, profile.preprocess, profile.data)
+        if classes is not None and found.classes not in (None, classes):
             raise InputRefused(
                 f"{found.name}: {found.classes} class folders, and the network has "
-                f"{asked.classes} outputs",
+                f"{classes} outputs",
                 hint="give one folder for each class, or a folder of images alone",
             )
         return found
@@ -130,6 +138,16 @@ def gather(words: str, input: TensorSpec, output: TensorSpec, profile: Profile) 
     if path.exists():
         raise InputRefused(f"{path.name}: no data that can be read", hint=f"known: {KINDS}")
     raise InputRefused(f"{path.name}: no such file or folder", hint=f"known: {KINDS}")
+
+
+def needs_several(what: str, inputs: Sequence[TensorSpec]) -> InputRefused:
+    """Return why data of one input are not enough, and which are."""
+    names = ", ".join(spec.name for spec in inputs)
+    return InputRefused(
+        f"{what}: samples of one input, and the network takes {len(inputs)}: {names}",
+        hint="give --data an .npz or .safetensors file with an array for each, or code that makes "
+        "a dict of them",
+    )
 
 
 def divide(digests: Sequence[str], held_out: float) -> dict[Split, list[int]]:

@@ -254,22 +254,21 @@ class Emulator:
 def emulate(
     emulator: Emulator,
     feeds: Iterator[Feed],
-    output: str,
     arithmetic: Arithmetic,
     *,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
-) -> Array:
-    """Return the named output for every feed in turn, (samples, outputs) float64."""
-    parts = []
+) -> dict[str, Array]:
+    """Return every output for all feeds in turn, (samples, values) float64, by name."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in emulator.outputs}
     with torch.inference_mode():
         for number, feed in enumerate(feeds):
             tensors = {name: torch.from_numpy(value).double() for name, value in feed.items()}
-            got = emulator.run(tensors, arithmetic, seed=seed + number)[output]
-            parts.append(got.reshape(len(got), -1))
+            got = emulator.run(tensors, arithmetic, seed=seed + number)
+            for name, found in parts.items():
+                found.append(got[name].reshape(len(got[name]), -1))
             advance()
-    found: Array = torch.cat(parts).numpy()
-    return found
+    return {name: torch.cat(found).numpy() for name, found in parts.items()}
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

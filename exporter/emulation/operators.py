@@ -376,7 +376,9 @@ def _resize(
     else:
         assert scales is not None
         whole, how["scale_factor"] = scales.tolist()[:2] == [1, 1], scales.tolist()[2:]
-    others = [key for key in ("antialias", "axes", "keep_aspect_ratio_policy") if a.get(key)]
+    others = [key for key in ("antialias", "axes") if a.get(key)]
+    if a.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        others.append("keep_aspect_ratio_policy")
     if others or not whole:
         raise NotImplementedError(", ".join(others) or "a change of batch or channels")
     if mode == "nearest" and (where, nearest) == ("asymmetric", "floor"):

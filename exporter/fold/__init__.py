@@ -46,7 +46,7 @@ the network's values are compared after every fold, and one that moves them is u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,7 +69,7 @@ from exporter.fold.copies import fork
 from exporter.fold.forwards import push_forwards
 from exporter.fold.graph import Graph, Plan, Stays
 from exporter.fold.lifting import BATCHNORM
-from exporter.fold.same import first_line
+from exporter.fold.same import Example, first_line
 from exporter.fold.shapes import note_shapes
 from exporter.fold.tracing import trace
 from exporter.fold.truth import AGREES, Truth
@@ -91,28 +91,32 @@ class Folded:
 
 
 def fold_batchnorm(
-    module: nn.Module, example: torch.Tensor | None = None, *, copy_weights: bool = False
+    module: nn.Module,
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    copy_weights: bool = False,
 ) -> Folded:
     """Return a copy with every BatchNorm folded that can be, exactly. The argument is left alone.
 
-    A BatchNorm that stays does so unchanged, and its fate says why. ``example`` is one input; with
-    it the shapes are known, which folding into linear layers and through reshapes may need, and
-    every fold's error is measured. ``copy_weights`` lets a layer that others use too be copied.
+    A BatchNorm that stays does so unchanged, and its fate says why. ``example`` is one input, or
+    what forward() takes in its order; with it the shapes are known, which folding into linear
+    layers and through reshapes may need, and every fold's error is measured. ``copy_weights`` lets
+    a layer that others use too be copied.
 
     Raises `GraphError` if the network is in training mode, cannot be copied or traced, or has a
     BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
     """
     dtype = _floating_dtype(module)
     kind = type(module).__name__
-    example = None if example is None else example.to(dtype)
-    traced, uncalled = trace(module, example)
-    if example is not None:
+    given = None if example is None else _given(example, dtype)
+    traced, uncalled = trace(module, given)
+    if given is not None:
         try:
-            note_shapes(traced, example)
+            note_shapes(traced, given)
         except Exception as error:  # of the network's own forward()
             raise GraphError(f"{kind} does not take the example: {first_line(error)}") from error
     traced = traced.double()
-    truth = None if example is None else Truth.of(traced, example)
+    truth = None if given is None else Truth.of(traced, given)
     wrong: dict[str, str] = {}
     while True:
         graph = Graph(traced if truth is None else deepcopy(traced), dtype)
@@ -124,6 +128,11 @@ def fold_batchnorm(
             wrong[found.node] = f"folding it moves the network's values by {found.error:.1e}"
         else:
             return Folded(_finished(graph), (*map(partial(_named_as, module), fates), *uncalled))
+
+
+def _given(example: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype) -> Example:
+    several = [example] if isinstance(example, torch.Tensor) else example
+    return tuple(one.to(dtype) for one in several)
 
 
 def _named_as(module: nn.Module, fate: Fate) -> Fate:

@@ -11,34 +11,36 @@ from torch import fx, nn
 
 from exporter.errors import GraphError
 from exporter.fold.lifting import has_hooks, lift, plain
-from exporter.fold.same import Differs, check_same, quiet
+from exporter.fold.same import Differs, Example, check_same, quiet
 
 BATCHES = (1, 2, 3)  # sizes at which a graph is held against its module
 LARGEST = 2**31  # bounds from here on are torch.export's own
 
 
-def by_export(copy: nn.Module, example: torch.Tensor, kind: str) -> fx.GraphModule:
+def by_export(copy: nn.Module, example: Example, kind: str) -> fx.GraphModule:
     """Trace with a free batch axis."""
     for name, child in copy.named_modules():
         if has_hooks(child):
             raise GraphError(f"{name} has hooks, which a traced copy would not run")
-    if len(example) == 1:  # which would be taken for a constant
-        example = torch.cat([example, example])
+    if len(example[0]) == 1:  # which would be taken for a constant
+        example = tuple(torch.cat([one, one]) for one in example)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's
-    shapes[example] = {0: torch.export.Dim.AUTO}
+    for one in example:
+        shapes[one] = {0: torch.export.Dim.AUTO}
     with quiet(), torch.no_grad(), _len_of_tensors(copy):
-        program = torch.export.export(copy, (example,), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(copy, example, dynamic_shapes=shapes, strict=False)
     traced = plain(program.module(check_guards=False), copy, kind)
     _check_free(traced, program.range_constraints, kind)
     lifted = lift(traced)
     check_same(copy, lifted, example, kind)
     for batch in BATCHES:
-        repeated = example.repeat(-(-batch // len(example)), *[1] * (example.ndim - 1))[:batch]
+        times = -(-batch // len(example[0]))
+        repeated = tuple(one.repeat(times, *[1] * (one.ndim - 1))[:batch] for one in example)
         try:
             check_same(copy, lifted, repeated, kind)
         except Differs as error:
             raise GraphError(
-                f"{kind} takes another way for a batch of {batch} than for {len(example)}, "
+                f"{kind} takes another way for a batch of {batch} than for {len(example[0])}, "
                 "and a graph has one way"
             ) from error
     return lifted
@@ -56,16 +58,18 @@ def exported(copy: Any, ranges: Any, kind: str) -> fx.GraphModule:
 
 def _check_free(traced: fx.GraphModule, ranges: dict[Any, Any], kind: str) -> None:
     """Raise `GraphError` if a graph is for some sizes of batch alone."""
-    node = next(node for node in traced.graph.nodes if node.op == "placeholder")
-    size = node.meta["val"].shape[0]
-    asks = "as its code asks for the batch's size"
-    if str(size).isdecimal():
-        hint = "write x.shape[0] without int(), and do not go over the pictures in a loop"
-        said = f"{kind} was traced by torch.export for a batch of {size} alone, {asks}"
-        raise GraphError(said, hint=hint)
-    largest = str(ranges[size.node.expr].upper)
-    if largest.isdecimal() and int(largest) < LARGEST:
-        raise GraphError(f"{kind} was traced by torch.export for at most {largest} at once, {asks}")
+    inputs = (node for node in traced.graph.nodes if node.op == "placeholder" and not node.args)
+    for node in inputs:
+        size = node.meta["val"].shape[0]
+        asks = "as its code asks for the batch's size"
+        if str(size).isdecimal():
+            hint = "write x.shape[0] without int(), and do not go over the pictures in a loop"
+            said = f"{kind} was traced by torch.export for a batch of {size} alone, {asks}"
+            raise GraphError(said, hint=hint)
+        largest = str(ranges[size.node.expr].upper)
+        if largest.isdecimal() and int(largest) < LARGEST:
+            said = f"{kind} was traced by torch.export for at most {largest} at once, {asks}"
+            raise GraphError(said)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -15,23 +15,26 @@ from torch.utils import _pytree as pytree
 
 from exporter.errors import GraphError
 
+Example: TypeAlias = tuple[torch.Tensor, ...]  # what forward() is given, each a batch
+
 
 class Differs(Exception):
     """A graph computes something else than its module; never leaves this package."""
 
 
-def run(module: nn.Module, example: torch.Tensor, kind: str) -> Any:
+def run(module: nn.Module, example: Example, kind: str) -> Any:
     """Return the module's answer, with the same random numbers each time."""
     try:
         with quiet(), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             forward = module.forward if isinstance(module, fx.GraphModule) else module
-            return forward(example.clone())  # a GraphModule's own call prints where it fails
+            given = [one.clone() for one in example]
+            return forward(*given)  # a GraphModule's own call prints where it fails
     except Exception as error:  # of the network's own forward()
         raise GraphError(f"{kind} does not take the example: {first_line(error)}") from error
 
 
-def check_same(copy: nn.Module, traced: nn.Module, example: torch.Tensor, kind: str) -> None:
+def check_same(copy: nn.Module, traced: nn.Module, example: Example, kind: str) -> None:
     """Raise `Differs` unless the graph computes what the module does, where that runs at all."""
     try:
         want = run(copy, example, kind)

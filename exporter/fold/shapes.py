@@ -13,33 +13,35 @@ from typing import Any
 import torch
 from torch import fx
 
+from exporter.fold.same import Example
+
 SAMPLES = 3  # of the run that notes shapes: one would hide that samples are mixed, two may too
 
 
-def enlarged(example: torch.Tensor, samples: int) -> torch.Tensor:
+def enlarged(example: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
     """Return the first sample of ``example`` and seeded noise of its scale, ``samples`` in all."""
     first = example[:1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((samples - 1, *first.shape[1:]), generator=generator, dtype=torch.float64)
     spread = float(first.double().std()) if first.numel() > 1 else 0.0
     added = noise * (spread or 1.0) + float(first.double().mean())
     return torch.cat([first, added.to(first)])
 
 
-def on_example(run: Callable[[torch.Tensor], Any], example: torch.Tensor, samples: int) -> Any:
+def on_example(run: Callable[..., Any], example: Example, samples: int) -> Any:
     """Return what ``run`` gives for so many samples, or for the example where they are refused.
 
     It is a copy that is run, since networks may change in place what they are given.
     """
-    if example.ndim > 1 and example.numel():
+    if all(one.ndim > 1 and one.numel() for one in example):
         try:
-            return run(enlarged(example, samples))
+            return run(*(enlarged(one, samples, seed) for seed, one in enumerate(example)))
         except Exception:  # noqa: S110 - forward() may raise anything: it has the next word
             pass
-    return run(example.detach().clone())
+    return run(*(one.detach().clone() for one in example))
 
 
-def note_shapes(traced: fx.GraphModule, example: torch.Tensor) -> None:
+def note_shapes(traced: fx.GraphModule, example: Example) -> None:
     """Run the network and note the shape of every tensor and the value of all that is none."""
 
     class Notes(fx.Interpreter):
@@ -56,7 +58,7 @@ def note_shapes(traced: fx.GraphModule, example: torch.Tensor) -> None:
             return found
 
     with torch.inference_mode():
-        on_example(lambda x: Notes(traced).run(x), example, SAMPLES)
+        on_example(Notes(traced).run, example, SAMPLES)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

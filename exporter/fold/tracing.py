@@ -26,7 +26,7 @@ from torch import fx, nn
 from exporter.errors import GraphError
 from exporter.fold.exported import by_export, exported
 from exporter.fold.lifting import BATCHNORM, has_hooks, lift, own_forward
-from exporter.fold.same import check_same, first_line, run
+from exporter.fold.same import Example, check_same, first_line, run
 from exporter.fold.shapes import note_shapes
 from exporter.fold.unfit import copy_of, is_exported, refuse_unfit, unwrapped
 from exporter.records import Fate
@@ -38,7 +38,7 @@ _Way = Callable[[], fx.GraphModule]
 
 
 def trace(
-    module: nn.Module, example: torch.Tensor | None = None
+    module: nn.Module, example: Example | None = None
 ) -> tuple[fx.GraphModule, tuple[Fate, ...]]:
     """Return a traced copy, and the fates of the BatchNorms that its graph does not call.
 
@@ -58,7 +58,7 @@ def trace(
     return traced, tuple(_uncalled(copy, traced))
 
 
-def _traced(copy: nn.Module, kind: str, example: torch.Tensor | None) -> fx.GraphModule:
+def _traced(copy: nn.Module, kind: str, example: Example | None) -> fx.GraphModule:
     """Return the first graph that comes about and computes the same."""
     ways: list[_Way] = [partial(_by_fx, copy, example, kind, set())]
     said = f"torch.fx cannot trace {kind}"
@@ -83,23 +83,26 @@ def _traced(copy: nn.Module, kind: str, example: torch.Tensor | None) -> fx.Grap
 
 
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer, given one input, that goes into torch.nn's containers for BatchNorms."""
+    """torch.fx's tracer that goes into torch.nn's containers for BatchNorms."""
 
-    def __init__(self, whole: set[str]) -> None:
+    def __init__(self, whole: set[str], inputs: int = 1) -> None:
         super().__init__(param_shapes_constant=True)
-        self.whole = whole
+        self.whole, self.inputs = whole, inputs
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Return forward() and one input. All else has its default, as when the module is run."""
+        """Return forward() and its inputs. All else has its default, as when the module is run."""
         names = [
             name
             for name, given in inspect.signature(root_fn).parameters.items()
             if given.kind in (given.POSITIONAL_ONLY, given.POSITIONAL_OR_KEYWORD)
         ]
-        name = names[1] if len(names) > 1 else "input"
-        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+        several = self.inputs > 1
+        free = [f"input_{i}" if several else "input" for i in range(self.inputs)]
+        given = [*names[1:], *free[len(names) - 1 :]][: self.inputs]
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in given]
+        return root_fn, [self.root, *inputs]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -144,22 +147,20 @@ def _holds_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(child, BATCHNORM) for child in module.modules())
 
 
-def _by_fx(
-    copy: nn.Module, example: torch.Tensor | None, kind: str, whole: set[str]
-) -> fx.GraphModule:
-    tracer = _Tracer(whole)
+def _by_fx(copy: nn.Module, example: Example | None, kind: str, whole: set[str]) -> fx.GraphModule:
+    tracer = _Tracer(whole, 1 if example is None else len(example))
     graph = tracer.trace(copy)
     traced = fx.GraphModule(tracer.root, graph, kind)
     if example is None:
         return lift(traced)
     with torch.no_grad():
-        note_shapes(traced, example.clone())
+        note_shapes(traced, tuple(one.clone() for one in example))
     lifted = lift(traced)
     check_same(copy, lifted, example, kind)
     return lifted
 
 
-def _around(copy: nn.Module, example: torch.Tensor | None, kind: str) -> fx.GraphModule:
+def _around(copy: nn.Module, example: Example | None, kind: str) -> fx.GraphModule:
     """Trace, and take torch.nn's containers that cannot be gone into as one."""
     whole: set[str] = set()
     while True:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from exporter.fold.graph import Graph
+from exporter.fold.same import Example
 from exporter.fold.shapes import on_example, shape_of
 
 AGREES = 1e-9  # rounding in float64 stays far below it, and mistakes far above
@@ -28,7 +29,7 @@ class Truth:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, traced: fx.GraphModule, example: torch.Tensor) -> Truth | None:
+    def of(cls, traced: fx.GraphModule, example: Example) -> Truth | None:
         """Run a network in float64. None if that cannot be done, so that nothing is measured.
 
         It cannot where a network insists on another type, where values would take too much room,
@@ -41,22 +42,23 @@ class Truth:
         if size > MOST_VALUES:
             return None
 
-        def run(x: torch.Tensor) -> Truth | None:
+        def run(*inputs: torch.Tensor) -> Truth | None:
             truth = cls({})
             graph = Graph(traced, torch.float64)
-            given = iter([x])
+            given = iter(inputs)
             for node in traced.graph.nodes:
-                if node.op == "placeholder":  # what follows the first has its default
+                if node.op == "placeholder":  # what follows the inputs has its default
                     truth.values[node.name] = next(given, *node.args)
                 else:
                     truth.values[node.name] = truth.value(graph, node)
             output = next(node for node in traced.graph.nodes if node.op == "output")
-            again = traced(x.clone())
+            again = traced(*(x.clone() for x in inputs))
             return truth if distance(again, truth.values[output.name]) <= AGREES else None
 
         try:
             with torch.inference_mode():
-                found: Truth | None = on_example(run, example.double(), SAMPLES)
+                exact = tuple(one.double() for one in example)
+                found: Truth | None = on_example(run, exact, SAMPLES)
         except Exception:  # of the network's own forward(), which may insist on another type
             return None
         return found

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.onnx_edits import replace_constants
+from exporter.packing import inputs_of_graph, unpack
 from exporter.precisions._floats import Half
 from exporter.records import Array
 
@@ -84,8 +85,7 @@ def _rounded(model: onnx.ModelProto, names: Collection[str], half: Half) -> onnx
 
 
 def _outputs(model: onnx.ModelProto, samples: Array) -> list[Array]:
-    """Return each sample's outputs, one after another; every sample runs alone."""
-    import numpy as np
+    """Return each output for each sample; every sample runs alone."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -93,15 +93,16 @@ def _outputs(model: onnx.ModelProto, samples: Array) -> list[Array]:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    name = session.get_inputs()[0].name
+    inputs = inputs_of_graph(model.graph)
     return [
-        np.concatenate([part.ravel() for part in session.run(None, {name: sample[None]})])
+        part.ravel()
         for sample in samples
+        for part in session.run(None, unpack(sample[None], inputs))
     ]
 
 
 def _distance(got: list[Array], want: list[Array]) -> float:
-    """Return ‖got − want‖ / ‖want‖ of the sample where it is largest."""
+    """Return ‖got − want‖ / ‖want‖ of the sample and output where it is largest."""
     import numpy as np
 
     sides = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(got, want, strict=True)]

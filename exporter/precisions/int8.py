@@ -194,6 +194,7 @@ class Int8(Plugin, frozen=True):
     ) -> Plan | None:
         """Return how to quantise with repairs, or None where nothing is to be chosen."""
         from exporter.calibration import calibrate, divided
+        from exporter.packing import inputs_of_graph
         from exporter.quantisation.network import Network
         from exporter.quantisation.plan import ENOUGH, Switches, make_plan
         from exporter.samples import feeds
@@ -211,7 +212,7 @@ class Int8(Plugin, frozen=True):
         def recalibrate(
             counted: Array, equalised: onnx.ModelProto, divisors: Mapping[str, Array]
         ) -> Statistics:
-            given = feeds(counted, equalised.graph.input[0].name, size=1)
+            given = feeds(counted, inputs_of_graph(equalised.graph), size=1)
             with progress("int8: calibrate the equalised network", len(counted)) as advance:
                 return divided(statistics, calibrate(equalised, given, advance=advance), divisors)
 

@@ -167,7 +167,7 @@ def equalise(
     scaled.CopyFrom(network.model)
     replace_constants(scaled.graph, {name: _array(c) for name, c in constants.items()})
     _bound(scaled.graph, bounds)
-    every = [network.input, *(name for step in network.emulator.steps for name in step.writes)]
+    every = [*network.inputs, *(name for step in network.emulator.steps for name in step.writes)]
     return scaled, {name: s.float() for name in every if name and (s := divisor(name)) is not None}
 
 

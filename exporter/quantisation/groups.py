@@ -37,7 +37,7 @@ class Groups:
         """Return the groups; ``shapes`` are the tensors' on a batch of any size."""
         groups = cls()
         reads = Counter(name for step in network.emulator.steps for name in set(step.reads))
-        groups._fix(network.input, network.output)
+        groups._fix(*network.inputs, *network.emulator.outputs)
         for step in network.emulator.steps:
             groups._join(network, step, shapes, reads)
         return groups

@@ -8,7 +8,7 @@ one backward pass away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from exporter.contracts import TensorStatistics
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.operators import along
+from exporter.packing import inputs_of_graph, unpack
 from exporter.steps import HIGH, LOW, Held, Kind, Steps, steps_for
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Network:
     """A graph to be quantised: ``sites`` says which tensor is read quantised where.
 
     ``layers`` are the nodes whose weights are quantised. ``kinds`` are those of the tensors' steps
-    where they are not signed.
+    where they are not signed. ``scales`` are what each of several outputs is multiplied by before
+    its error counts, by name: see `weighed`.
     """
 
     model: onnx.ModelProto
@@ -42,6 +44,7 @@ class Network:
     sites: Mapping[Site, str]
     layers: tuple[Step, ...]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -50,19 +53,37 @@ class Network:
         sites: Mapping[Site, str],
         layers: Sequence[str],
         kinds: Mapping[str, Kind] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> Network:
         """Read a graph. Raises `GraphError` for an operator that has no emulation."""
         emulator = Emulator.of(model).in_float32()
         chosen = tuple(step for step in emulator.steps if step.name in set(layers))
-        return cls(model, emulator, sites, chosen, kinds or {})
+        return cls(model, emulator, sites, chosen, kinds or {}, scales or {})
+
+    def weighed(self, samples: Array) -> Network:
+        """Return the network with each of several outputs divided by its own root mean square.
+
+        So ‖ŷ − y‖² is a sum of relative errors, and a large output does not drown a small one. One
+        output alone is left as it is, and so is one that is 0 on all samples.
+        """
+        if len(self.emulator.outputs) == 1:
+            return self
+        power = dict.fromkeys(self.emulator.outputs, 0.0)
+        with torch.inference_mode():
+            for x in batches(samples):
+                found = self.run(x)
+                for name in power:
+                    power[name] += float(found[name].double().square().sum())
+        scales = {name: (len(samples) / total) ** 0.5 for name, total in power.items() if total}
+        return replace(self, scales=scales)
 
     @property
-    def input(self) -> str:
-        return self.emulator.inputs[0]
+    def inputs(self) -> tuple[str, ...]:
+        return self.emulator.inputs
 
-    @property
-    def output(self) -> str:
-        return self.emulator.outputs[0]
+    def given(self, samples: Tensor) -> Values:
+        """Return one batch of samples as the inputs they are of, by name."""
+        return dict(unpack(samples, inputs_of_graph(self.model.graph)))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -100,17 +121,17 @@ class Network:
         offsets: Values | None = None,
         watch: Sequence[str] = (),
     ) -> Values:
-        """Return the output and the tensors to ``watch`` for one batch.
+        """Return the outputs and the tensors to ``watch`` for one batch.
 
         ``steps`` quantises tensors where they are read so, ``weights`` replaces constants, and
         ``offsets`` are added to tensors where they are read quantised: one that is not there is put
         there, as zeros to differentiate by.
         """
         constants = {**self.emulator.constants, **(weights or {})}
-        values: Values = {self.input: x}
+        values = self.given(x)
         read: Values = {}
-        kept = {*watch, self.output}
-        found = {self.input: x} if self.input in kept else {}
+        kept = {*watch, *self.emulator.outputs}
+        found = {name: value for name, value in values.items() if name in kept}
         last = {name: i for i, step in enumerate(self.emulator.steps) for name in step.reads}
         for i, step in enumerate(self.emulator.steps):
             inputs: list[Tensor | None] = []
@@ -137,10 +158,19 @@ class Network:
         steps: Mapping[str, Steps] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return the outputs, (samples, outputs) float64."""
+        """Return the outputs, weighed and side by side, (samples, values) float64."""
         with torch.inference_mode():
-            found = [self.run(x, steps, weights)[self.output] for x in batches(samples)]
-            return torch.cat([part.flatten(1) for part in found]).double()
+            found = [self.joined(self.run(x, steps, weights)) for x in batches(samples)]
+            return torch.cat(found).double()
+
+    def joined(self, found: Values) -> Tensor:
+        """Return the outputs of a run, weighed and side by side, (batch, values)."""
+        values = (found[name] for name in self.emulator.outputs)
+        parts = [value.reshape(len(value), -1) for value in values]
+        if not self.scales:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        scales = [self.scales.get(name, 1.0) for name in self.emulator.outputs]
+        return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 class Reference:

@@ -59,7 +59,7 @@ def observe(
         gain, behind = _gains(network, samples, advance)
     seen = {name: statistics[name] for name in network.tensors}
     return Observed(
-        samples=statistics[network.input].samples,
+        samples=statistics[network.inputs[0]].samples,
         low={name: torch.from_numpy(tensor.fold_low) for name, tensor in seen.items()},
         high={name: torch.from_numpy(tensor.fold_high) for name, tensor in seen.items()},
         power={name: torch.from_numpy(tensor.channel_power) for name, tensor in seen.items()},
@@ -256,7 +256,7 @@ def _probe(network: Network, samples: Array) -> Iterator[_Probe]:
         leaves: Values = {}
         with torch.enable_grad():
             found = network.run(x, offsets=leaves, watch=watch)
-            y = found[network.output].flatten(1)
+            y = network.joined(found)
         values = {name: found[name].detach() for name in watch}
         wanted = [*leaves.values(), *(found[name] for name in outputs)]
         signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
@@ -274,5 +274,5 @@ def _by_channel(x: Tensor) -> Tensor:
 def _shapes(network: Network, samples: Array) -> dict[str, tuple[int, ...]]:
     every = [name for step in network.emulator.steps for name in step.writes if name]
     with torch.inference_mode():
-        found = network.run(torch.from_numpy(samples), watch=[network.input, *every])
+        found = network.run(torch.from_numpy(samples), watch=[*network.inputs, *every])
     return {name: tuple(value.shape) for name, value in found.items()}

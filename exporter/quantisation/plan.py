@@ -101,6 +101,7 @@ def make_plan(
     chosen = _in_order(samples)
     judged = min(_JUDGED, len(chosen) // 4)
     held, fit = chosen[:judged], chosen[judged:]
+    network = network.weighed(held)
     reference = Reference(network, chosen)
     judge = Judge(held, reference.outputs(range(judged)))
     observed = observe(network, statistics, chosen[:_PROBED], progress=progress)
@@ -166,7 +167,7 @@ def _equalised(
         model, divisors = equalise(network, groups, by_group, observed.shapes)
         statistics = recalibrate(model, {n: s.numpy() for n, s in divisors.items()})
         names = [layer.name for layer in network.layers]
-        network = Network.of(model, network.sites, names, network.kinds)
+        network = Network.of(model, network.sites, names, network.kinds, network.scales)
         detail = f"p = {norm:g}, {detail}, {len(by_group)} groups"
     new = _State(network, statistics, divisors, {}, headroom)
     new = replace(new, steps=new.largest())

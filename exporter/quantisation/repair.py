@@ -103,7 +103,8 @@ class _Pair:
 
     def run(self, x: Tensor, advance: Advance) -> None:
         emulator = self.network.emulator
-        self.float_values[self.network.input] = self.values[self.network.input] = x
+        self.float_values |= self.network.given(x)
+        self.values |= self.network.given(x)
         last = {name: i for i, step in enumerate(emulator.steps) for name in step.reads}
         for i, step in enumerate(emulator.steps):
             self.float_values |= self._compute(step, [self._float(n) for n in step.reads])

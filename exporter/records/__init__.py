@@ -29,6 +29,7 @@ from exporter.records.base import (
     Ranges,
     Verdict,
     rank,
+    whole,
     worst,
 )
 from exporter.records.bench import (
@@ -147,5 +148,6 @@ __all__ = [
     "Verdict",
     "WorstCase",
     "rank",
+    "whole",
     "worst",
 ]

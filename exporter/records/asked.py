@@ -22,6 +22,11 @@ class TensorSpec(Found, frozen=True):
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    @property
+    def has_classes(self) -> bool:
+        """Return whether a sample's values may be those of classes: they lie along one axis."""
+        return len(self.shape) == 1
+
 
 class BatchRange(Asked, frozen=True):
     """The batch sizes one engine must serve, and the one it is tuned for."""

@@ -77,6 +77,12 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return min(verdicts, key=order.index, default="not checked")
 
 
+def whole(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on a whole that passes only where every part of it does."""
+    said = set(verdicts)
+    return "not checked" if said == {"pass", "not checked"} else worst(said)
+
+
 def rank(percent: float, count: int) -> int:
     """Return ⌈percent / 100 · count⌉, at least 1: exact, where 99.9 / 100 · 1000 is not 999."""
     return max(1, math.ceil(Fraction(str(percent)) * count / 100))

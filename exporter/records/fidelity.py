@@ -42,7 +42,8 @@ class Fidelity(Found, frozen=True):
     ``error`` is ‖y − r‖ / ‖r‖, None if a value is not finite; ``floor`` what the declared precision
     must lose at worst, so that ``multiple`` = error / floor is at most ``limit``; ``layers`` counts
     those compared one by one, ``worst`` and ``first`` are the worst of them and the first beyond
-    the limit. ``cause`` says what is known of it, ``unseen`` why there are no layers.
+    the limit. ``cause`` says what is known of it, ``unseen`` why there are no layers. Of several
+    outputs the figures are those of the one that is worst off, ``output``.
     """
 
     against: str
@@ -56,6 +57,7 @@ class Fidelity(Found, frozen=True):
     first: LayerError | None = None
     cause: str | None = None
     unseen: str | None = None
+    output: str | None = None
 
     @property
     def multiple(self) -> float | None:
@@ -71,8 +73,9 @@ class Fidelity(Found, frozen=True):
         if self.nonfinite:
             bad.append(f"{self.nonfinite} outputs are NaN or infinite")
         elif self.multiple is not None and not self.multiple <= self.limit:
+            said = "its outputs are" if self.output is None else f"its {self.output!r} is"
             bad.append(
-                f"its outputs are {self.multiple:.3g} times as far from {self.against} as its "
+                f"{said} {self.multiple:.3g} times as far from {self.against} as its "
                 f"precision explains (at most {self.limit:g})"
             )
         if self.first is not None:
@@ -92,7 +95,9 @@ class Rung(Found, frozen=True):
     """One step of the ladder from PyTorch in float64 down to an engine.
 
     ``error`` and ``flips`` are the relative L2 error and the number of samples whose largest output
-    is another one, both against the rung ``above`` and against the ``top``; None if not finite.
+    is another one, both against the rung ``above`` and against the ``top``; None if not finite. Of
+    several outputs the error is the largest, and flips are in any that may be a classification,
+    None where none may.
     """
 
     name: str
@@ -124,8 +129,10 @@ class WorstCase(Found, frozen=True):
     """What the search for the largest disagreement came to: a figure, not a gate.
 
     ``tried`` inputs were run through both, the ``_on_samples`` figures are those of the real
-    samples it began at. ``gap`` is the largest |y − r| of one output, over inputs with finite ones;
-    ``file`` has inputs in the bundle: those with the widest gaps, then the first that flipped.
+    samples it began at. ``gap`` is the largest |y − r| of one value, over inputs with finite ones;
+    ``file`` has inputs in the bundle: those with the widest gaps, then the first that flipped. Of
+    several outputs the gap ``is_relative``: each value's, over the root mean square of its output
+    on the samples. Without ``has_classes`` no output is a classification, and none can flip.
     """
 
     artefact: str
@@ -139,3 +146,5 @@ class WorstCase(Found, frozen=True):
     first_flip: Flip | None
     nonfinite: int
     file: str | None = None
+    has_classes: bool = True
+    is_relative: bool = False

@@ -25,13 +25,21 @@ class File(Found, frozen=True):
 
 
 class OnnxModel(NamedTuple):
-    """A graph on disk. Its precision lives in the graph, and nowhere else."""
+    """A graph on disk. Its precision lives in the graph, and nowhere else.
+
+    ``output`` is its first; ``more_inputs`` are those behind ``input``.
+    """
 
     path: Path
     precision: str
     input: TensorSpec
     output: TensorSpec
     batch: BatchRange
+    more_inputs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self.input, *self.more_inputs)
 
 
 class Fate(Found, frozen=True):

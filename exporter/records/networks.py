@@ -23,7 +23,10 @@ class Counted(Found, frozen=True):
 
 
 class Contender(Found, frozen=True):
-    """One network of a comparison, its folded graph counted and timed; or why it was not."""
+    """One network of a comparison, its folded graph counted and timed; or why it was not.
+
+    ``output`` is the shape of its first one.
+    """
 
     name: str
     input: tuple[int, ...]

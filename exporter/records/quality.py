@@ -33,7 +33,9 @@ class Parity(Found, frozen=True):
     ``classes`` and ``labels`` count the different t and the different labels; ``constant`` names
     a side whose output is the same for every sample.
 
-    Figures are None where a value is not finite or where there is nothing to compute them from.
+    Figures are None where a value is not finite or where there is nothing to compute them from, as
+    those of classes are for a tensor that is no classification, whose ``classes`` are 0. ``output``
+    is None for a network's only one.
     """
 
     inputs: str
@@ -54,6 +56,13 @@ class Parity(Found, frozen=True):
     nonfinite_reference: int
     nonfinite_candidate: int
     tolerance: Tolerance
+    output: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Return what was compared, as the end of a sentence."""
+        named = "" if self.output is None else f"for {self.output!r} "
+        return f"{named}on the {self.inputs}"
 
     @property
     def sqnr_db(self) -> float | None:
@@ -112,7 +121,7 @@ class Parity(Found, frozen=True):
     def failures(self) -> tuple[str, ...]:
         """Return one phrase per missed gate: the figure and the limit."""
         bad = [
-            f"{count} outputs of the {who} are NaN or infinite on the {self.inputs}"
+            f"{count} outputs of the {who} are NaN or infinite {self.where}"
             for who, count in (
                 ("reference", self.nonfinite_reference),
                 ("candidate", self.nonfinite_candidate),
@@ -125,11 +134,11 @@ class Parity(Found, frozen=True):
             if name in shown:
                 bad += [shown[name].said] if shown[name].met is False else []
             elif figure is None:
-                bad.append(f"{name} could not be computed on the {self.inputs}")
+                bad.append(f"{name} could not be computed {self.where}")
             elif name in Tolerance.UPPER and not figure <= bound:
-                bad.append(f"{name} {evidence.apart(figure, '>', bound)} on the {self.inputs}")
+                bad.append(f"{name} {evidence.apart(figure, '>', bound)} {self.where}")
             elif name in Tolerance.LOWER and not figure >= bound:
-                bad.append(f"{name} {evidence.apart(figure, '<', bound)} on the {self.inputs}")
+                bad.append(f"{name} {evidence.apart(figure, '<', bound)} {self.where}")
         return tuple(bad)
 
     @property
@@ -137,7 +146,7 @@ class Parity(Found, frozen=True):
         """Return one phrase per gate that the samples neither meet nor miss, or what they lack."""
         if not self.tolerance.bounds():
             return ()
-        lacking = [f"{lack} on the {self.inputs}" for lack in self._lacks()]
+        lacking = [f"{lack} {self.where}" for lack in self._lacks()]
         return (*lacking, *(s.said for s in self._shown().values() if s.met is None))
 
     @property
@@ -151,7 +160,7 @@ class Parity(Found, frozen=True):
     def _shown(self) -> dict[str, evidence.Shown]:
         """Return what the samples show of each gate that is a share, but of values not finite."""
         shown = {}
-        gates, on = self.tolerance, f"on the {self.inputs}"
+        gates, on = self.tolerance, self.where
         if gates.agreement is not None and self.agreeing is not None:
             shown["agreement"] = evidence.judge_agreement(
                 self.agreeing, self.undecided, self.samples, gates.agreement, on

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from exporter.errors import ParityError
 from exporter.records.asked import TensorSpec
-from exporter.records.base import Found, Verdict, worst
+from exporter.records.base import Found, Verdict, whole, worst
 from exporter.records.calibration import Convergence
 from exporter.records.cost import Cost
 from exporter.records.data import DataRecord
@@ -70,13 +70,18 @@ class Artefact(Found, frozen=True):
     @property
     def quality(self) -> Verdict:
         """Return whether that graph is good enough, which is what the profile's gates say."""
-        return "fail" if self.refused else worst(parity.verdict for parity in self.parity)
+        if self.refused:
+            return "fail"
+        outputs: dict[str | int, list[Verdict]] = {}  # all of a network's, on the same inputs
+        for index, parity in enumerate(self.parity):
+            on = index if parity.output is None else parity.inputs
+            outputs.setdefault(on, []).append(parity.verdict)
+        return worst(map(whole, outputs.values()))
 
     @property
     def verdict(self) -> Verdict:
         """Return both in one word: a pass is a pass of both."""
-        said = (self.fidelity, self.quality)
-        return "not checked" if set(said) == {"pass", "not checked"} else worst(said)
+        return whole((self.fidelity, self.quality))
 
 
 class Variant(Found, frozen=True):
@@ -124,7 +129,8 @@ class Source(Found, frozen=True):
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
     to be the network's, one clause each. ``factory`` is the code that made the network, None for a
-    built-in one.
+    built-in one. ``more_outputs`` and ``more_inputs`` are those behind the first, in the network's
+    order.
     """
 
     model: str
@@ -137,6 +143,16 @@ class Source(Found, frozen=True):
     weights_format: str = ""
     weights_changes: tuple[str, ...] = ()
     factory: str | None = None
+    more_outputs: tuple[TensorSpec, ...] = ()
+    more_inputs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self.input, *self.more_inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.output, *self.more_outputs)
 
 
 class Stage(Found, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from exporter.evidence import at_least, at_most
@@ -44,16 +44,13 @@ def rows(report: Report) -> list[Row]:
     batch = report.latency[0].batch if report.latency else 0
     timed = {latency.name: latency for latency in report.latency if latency.batch == batch}
     pytorch = report.latency[0] if report.latency else None
-    held_out = report.pytorch[0]
     table = [
         Row(
             pytorch.name if pytorch else "PyTorch",
             "",
             "the reference",
             "is its float64",
-            decibels(held_out.sqnr_db),
-            share(held_out.agreement),
-            share(held_out.accuracy),
+            *_least(report.pytorch),
             milliseconds(pytorch),
             "1.00 ×" if pytorch else "",
         )
@@ -62,21 +59,32 @@ def rows(report: Report) -> list[Row]:
     table += [Row(precision, "", NOT_MADE, "", "", "", "", "", "") for precision in unmade]
     for artefact in report.artefacts:
         latency = timed.get(artefact.name)
-        parity = artefact.parity[0] if artefact.parity else None
         table.append(
             Row(
                 artefact.name,
                 size(artefact.file),
                 verdict(artefact, artefact.fidelity),
                 verdict(artefact, artefact.quality),
-                decibels(parity.sqnr_db if parity else None),
-                share(parity.agreement if parity else None),
-                share(parity.accuracy if parity else None),
+                *_least(artefact.parity),
                 milliseconds(latency),
                 f"{pytorch.p50_ms / latency.p50_ms:.2f} ×" if latency and pytorch else "",
             )
         )
     return table
+
+
+def _least(found: Sequence[Parity]) -> tuple[str, str, str]:
+    """Return SQNR, agreement and accuracy on the held-out samples, of the output that is worst."""
+    held_out = [parity for parity in found if parity.inputs == found[0].inputs]
+
+    def least(values: Iterable[float | None]) -> float | None:
+        return min((value for value in values if value is not None), default=None)
+
+    return (
+        decibels(least(parity.sqnr_db for parity in held_out)),
+        share(least(parity.agreement for parity in held_out)),
+        share(least(parity.accuracy for parity in held_out)),
+    )
 
 
 def verdict(artefact: Artefact, said: Verdict) -> str:
@@ -127,6 +135,8 @@ def margin(parity: Parity) -> str:
 
 def classes(parity: Parity) -> str:
     """Return how many classes the reference gives, and how many there are among the labels."""
+    if not parity.classes:
+        return ""
     return str(parity.classes) if parity.labels is None else f"{parity.classes} of {parity.labels}"
 
 
@@ -134,9 +144,11 @@ def shown(artefact: Artefact) -> Iterator[str]:
     """Yield what an artefact's labelled samples show of its quality, one line each."""
     for parity in artefact.parity:
         if parity.labels is not None and parity.agreeing is not None:
+            named = "" if parity.output is None else f"{parity.output!r}: "
             yield (
-                f"{parity.agreeing} of {parity.samples} agree, proven {proven(parity)}; accuracy "
-                f"drop {drop(parity)}; margin used {margin(parity)}; classes {classes(parity)}"
+                f"{named}{parity.agreeing} of {parity.samples} agree, proven {proven(parity)}; "
+                f"accuracy drop {drop(parity)}; margin used {margin(parity)}; "
+                f"classes {classes(parity)}"
             )
 
 

@@ -164,14 +164,18 @@ def _verdict(fidelity: Fidelity | None) -> str:
 
 def worst(case: WorstCase) -> str:
     """Return what a search for the worst case came to, as one line."""
+    logit = "logit " if case.has_classes and not case.is_relative else ""
+    unit = " of its output's root mean square" if case.is_relative else ""
     said = (
-        f"{case.artefact}: the largest logit gap near a sample is {case.gap:.3g}, on the samples "
-        f"themselves {case.gap_on_samples:.3g} ({case.tried} inputs tried, none further from a "
-        f"sample than {case.radius:.0%} of the data's range)"
+        f"{case.artefact}: the largest {logit}gap near a sample is {case.gap:.3g}{unit}, on the "
+        f"samples themselves {case.gap_on_samples:.3g} ({case.tried} inputs tried, none further "
+        f"from a sample than {case.radius:.0%} of the data's range)"
     )
     if case.nonfinite:
         said += f"; {case.nonfinite} inputs gave values that are not finite"
     flip = case.first_flip
+    if not case.has_classes:
+        return said
     if flip is None:
         return f"{said}; no label flip"
     where = "on a sample itself" if flip.step == 0 else f"at step {flip.step}"

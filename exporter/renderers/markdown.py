@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from exporter.records import Artefact, Cost, Parity, Report, Source
+from exporter.records import Artefact, Cost, Parity, Report, Source, TensorSpec
 from exporter.renderers import _data as data
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
@@ -38,15 +38,13 @@ def render(report: Report) -> str:
 
 def _head(report: Report) -> list[str]:
     source = report.source
-    shape = "×".join(map(str, source.input.shape))
     return [
         f"# {_escape(source.model)}: {report.verdict.upper()}",
         "",
         _escape(report.profile["about"]) + ".",
         "",
-        f"- input {_escape(source.input.name)} N×{shape} {source.input.dtype}, output "
-        f"{_escape(source.output.name)} N×{'×'.join(map(str, source.output.shape))}, ONNX opset "
-        f"{source.opset}, batch {_batch(report)}",
+        f"- {_named('input', source.inputs)} {source.input.dtype}, "
+        f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
@@ -56,6 +54,11 @@ def _head(report: Report) -> list[str]:
         else "- not calibrated",
         *(f"- {_escape(line)}" for line in data.data_lines(report.data)),
     ]
+
+
+def _named(what: str, specs: Sequence[TensorSpec]) -> str:
+    found = (f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in specs)
+    return f"{what}{'s' if len(specs) > 1 else ''} {', '.join(found)}"
 
 
 def _format(source: Source) -> str:
@@ -200,15 +203,17 @@ def _parity(report: Report) -> list[str]:
     )
     named = [("PyTorch float32", parity, "") for parity in report.pytorch]
     named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
-    reference = report.pytorch[0].reference_accuracy
+    shares = (parity.reference_accuracy for parity in report.pytorch)
+    reference = next((share for share in shares if share is not None), None)
+    labelled = f", accuracy {figures.share(reference)}" if reference is not None else ""
     return [
         "## Quality: is that graph good enough?",
         "",
         *_table(heads, (_parity_row(name, parity, said) for name, parity, said in named)),
         "",
-        "The reference is the unfolded network in float64, accuracy "
-        f"{figures.share(reference)}. Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is "
-        "−20 log₁₀ of it, cosine is the smallest of one sample, and the float32 noise is PyTorch "
+        f"The reference is the unfolded network in float64{labelled}. "
+        "Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is −20 log₁₀ of it, cosine is the "
+        "smallest of one sample, and the float32 noise is PyTorch "
         "float32's own relative L2 against float64 on the same inputs. Proven is the agreement "
         "that so many samples prove with 95 % confidence (Clopper-Pearson), and behind the drop "
         "in accuracy stands from where to where they prove it to lie, each end with 95 % "
@@ -224,7 +229,7 @@ def _parity(report: Report) -> list[str]:
 def _parity_row(name: str, parity: Parity, said: str) -> Sequence[str]:
     return (
         name,
-        parity.inputs,
+        parity.inputs if parity.output is None else f"{parity.output!r} of {parity.inputs}",
         figures.number(parity.max_abs),
         figures.number(parity.rel_l2),
         figures.decibels(parity.sqnr_db),

@@ -121,7 +121,7 @@ def to_json(report: TuneReport) -> str:
 def to_markdown(report: TuneReport) -> str:
     """Return the search as one Markdown page."""
     source = report.source
-    shape = "×".join(map(str, source.input.shape))
+    shape = " and ".join("×".join(map(str, spec.shape)) for spec in source.inputs)
     order = sorted(
         report.sensitivities, key=lambda s: (s.rel_l2 is not None, -(s.rel_l2 or 0.0), s.layer)
     )

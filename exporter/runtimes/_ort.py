@@ -119,8 +119,10 @@ class OnnxRuntime(Plugin, frozen=True):
     ) -> tuple[onnx.GraphProto, dict[str, _ort_audit.Kernel]]:
         import numpy as np
 
-        spec = model.input
-        zeros = np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
+        zeros = {
+            spec.name: np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
+            for spec in model.inputs
+        }
         with TemporaryDirectory() as folder:
             written = Path(folder, "optimised.onnx")
             options = self._session_options(path)
@@ -128,7 +130,7 @@ class OnnxRuntime(Plugin, frozen=True):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._load(path, options)
-            OrtSession(session, self.device, 1)({spec.name: zeros})
+            OrtSession(session, self.device, 1)(zeros)
             events = json.loads(Path(session.end_profiling()).read_bytes())
             return read_graph(written), _ort_audit.kernels(events)
 
@@ -145,12 +147,13 @@ class OnnxRuntime(Plugin, frozen=True):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._load(path, options)
-            (given,) = session.get_inputs()
-            first, *rest = given.shape
-            if isinstance(first, int) and first != batch:
-                raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
-            drawn = np.random.default_rng(0).standard_normal((batch, *rest))
-            feed = {given.name: drawn.astype(np.float32)}
+            draw = np.random.default_rng(0).standard_normal
+            feed = {}
+            for given in session.get_inputs():
+                first, *rest = given.shape
+                if isinstance(first, int) and first != batch:
+                    raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
+                feed[given.name] = draw((batch, *rest)).astype(np.float32)
             opened = OrtSession(session, self.device, self._thread_count())
             for _ in range(warmup + runs):
                 opened(feed)

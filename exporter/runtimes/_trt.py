@@ -85,7 +85,8 @@ class TensorRt(Plugin, frozen=True):
         if engine is None:
             raise self._refused(path, said.errors)
         context = self._context(trt, engine)
-        context.set_input_shape(model.input.name, (model.batch.opt, *model.input.shape))
+        for spec in model.inputs:
+            context.set_input_shape(spec.name, (model.batch.opt, *spec.shape))
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context  # else formats are not told of dynamic shapes
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
@@ -112,10 +113,10 @@ class TensorRt(Plugin, frozen=True):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)
         self._set_targets(trt, config)
         shapes = builder.create_optimization_profile()
-        batch, shape = model.batch, model.input.shape
-        shapes.set_shape(
-            model.input.name, (batch.min, *shape), (batch.opt, *shape), (batch.max, *shape)
-        )
+        batch = model.batch
+        for spec in model.inputs:
+            sizes = (batch.min, batch.opt, batch.max)
+            shapes.set_shape(spec.name, *((size, *spec.shape) for size in sizes))
         if config.add_optimization_profile(shapes) < 0:
             raise self._refused(model.path, said.errors)
         plan = builder.build_serialized_network(network, config)

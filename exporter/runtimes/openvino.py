@@ -87,10 +87,12 @@ class OpenVino(Plugin, frozen=True):
             return None
         if reason := self.missing("run"):
             return Execution("profile", unknown=reason)
-        spec = model.input
         compiled = self._compiled(path, profiled=True)
-        zeros = np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
-        _Session(compiled, path.name)({spec.name: zeros})
+        zeros = {
+            spec.name: np.zeros((model.batch.min, *spec.shape), np.dtype(spec.dtype))
+            for spec in model.inputs
+        }
+        _Session(compiled, path.name)(zeros)
         return Execution("profile", executed(asked, compiled.get_runtime_model()))
 
     def kernels(
@@ -100,10 +102,10 @@ class OpenVino(Plugin, frozen=True):
         import numpy as np
 
         compiled = self._compiled(path, profiled=True, batch=batch)
-        (given,) = compiled.inputs
-        drawn = np.random.default_rng(0).standard_normal(tuple(given.shape))
+        draw = np.random.default_rng(0).standard_normal
         session = _Session(compiled, path.name)
-        request, _read = session.prepared({given.any_name: drawn})
+        drawn = {given.any_name: draw(tuple(given.shape)) for given in compiled.inputs}
+        request, _read = session.prepared(drawn)
         times: dict[str, list[float]] = {}
         for turn in range(warmup + runs):
             request.start_async()

@@ -81,6 +81,7 @@ def tune_model(
         progress=progress,
         builds=False,
     )
+    _check_output(job)
     seen = _validation(job, validation)
     with TemporaryDirectory() as scratch, job.threads(), ExitStack() as sessions:
         with job.stage("fold BatchNorm"):
@@ -107,6 +108,18 @@ def _check_options(profile: Profile, precision: str, *, validation: int, minutes
     profile.only((precision,))
     if "keep" not in options_of("precisions", precision):
         raise ProfileError(f"{precision} has no option 'keep', so that there is nothing to search")
+
+
+def _check_output(job: Job) -> None:
+    """Raise `InputRefused` unless the network tells classes apart and does nothing else."""
+    found = job.output_specs
+    if len(found) > 1 or not found[0].has_classes:
+        shapes = ", ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in found)
+        raise InputRefused(
+            f"{job.name} gives {shapes}, and a search needs one output (N, classes), by whose "
+            "labels candidates are told apart",
+            hint="name the layers to keep in the profile, as keep among a precision's options",
+        )
 
 
 def _runtime(profile: Profile, wanted: str | None) -> tuple[str, Runtime]:
@@ -165,7 +178,7 @@ def _made_with(
     )
     return {
         "weights": job.loaded.sha256,
-        "input shape": "x".join(map(str, job.input.shape)),
+        "input shape": " ".join("x".join(map(str, spec.shape)) for spec in job.input_specs),
         "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "profile": hashlib.sha256(said).hexdigest(),
         "calibration data": _digest(job.calibration.inputs) if job.calibration else "none",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 
-from exporter.contracts import Converted, Precision, Progress, Runtime, Session, silent
+from exporter.contracts import Advance, Converted, Precision, Progress, Runtime, Session, silent
 from exporter.errors import BuildError, ExportError, GraphError, with_hint
 from exporter.graphs import convert, statistics_of
 from exporter.job import Job
@@ -119,7 +119,11 @@ class Bench:
             path = Path(folder, "one.onnx")
             onnx.save(model, path)
             with runtime.open(path) as session:
-                return self.job.outputs(session, self.validation.inputs[:FEW])
+                return self._outputs(session, self.validation.inputs[:FEW])
+
+    def _outputs(self, session: Session, inputs: Array, advance: Advance = lambda: None) -> Array:
+        """Return the network's one output, (samples, classes)."""
+        return self.job.outputs(session, inputs, advance)[self.job.model.output.name]
 
     def _fp32(self) -> Array:
         if self._single is None:
@@ -185,7 +189,7 @@ class Bench:
                 total = -(-len(self.validation.inputs) // size)
                 what = f"{candidate.name}: validate"
                 with self.job.stage(what, total, part="evidence") as advance:
-                    got = self.job.outputs(session, self.validation.inputs, advance)
+                    got = self._outputs(session, self.validation.inputs, advance)
         except BuildError as error:
             return msgspec.structs.replace(candidate, refused=with_hint(error))
         labels, origin = self.validation.labels, self.validation.origin
@@ -195,11 +199,11 @@ class Bench:
     def _float64(self) -> Array:
         """Return the unfolded network's outputs on the validation samples, in float64."""
         if self._truth is None:
-            session = TorchSession.of(self.job.module, self.job.model.output.name, double=True)
+            session = TorchSession.of(self.job.module, *self.job.output_names, double=True)
             total = -(-len(self.validation.inputs) // self.job.profile.batch.opt)
             what = "run PyTorch in float64"
             with self.job.stage(what, total, part="evidence") as advance:
-                self._truth = self.job.outputs(session, self.validation.inputs, advance)
+                self._truth = self._outputs(session, self.validation.inputs, advance)
         return self._truth
 
     def session(self, candidate: Candidate) -> Session:

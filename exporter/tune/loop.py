@@ -209,11 +209,12 @@ class Search:
         """Hold the choice against float64 PyTorch on the evaluation samples."""
         job = self.bench.job
         inputs, labels, origin = job.held_out
-        truth = TorchSession.of(job.module, job.model.output.name, double=True)
+        (output,) = job.output_names
+        truth = TorchSession.of(job.module, output, double=True)
         total = 2 * -(-len(inputs) // job.profile.batch.opt)
         what = f"{chosen.name}: confirm on the {origin}"
         with job.stage(what, total, part="evidence") as advance:
-            want, got = (job.outputs(run, inputs, advance) for run in (truth, session))
+            want, got = (job.outputs(run, inputs, advance)[output] for run in (truth, session))
         return compare_outputs(
             want, got, inputs=origin, labels=labels, tolerance=self.budget.tolerance
         )

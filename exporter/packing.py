@@ -1,0 +1,56 @@
+"""Several inputs of a network, side by side in one row for each sample.
+
+So whatever looks at samples, and not at what is in them, is the same for any number of inputs: what
+tells them apart, how they are divided and drawn, what is run in which order. One input alone is
+what it is, (N, C, H, W); several are (N, values) float32, and become tensors where they are fed:
+
+    (N, 3·8·8 + 1·4·4)      a (N, 3, 8, 8), b (N, 1, 4, 4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from exporter.records import Array, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def packed_shape(specs: Sequence[TensorSpec]) -> tuple[int, ...]:
+    """Return the shape of one sample of all these inputs."""
+    return specs[0].shape if len(specs) == 1 else (sum(prod(spec.shape) for spec in specs),)
+
+
+def pack(arrays: Sequence[Array]) -> Array:
+    """Return inputs, each (N, …), as samples."""
+    import numpy as np
+
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
+
+
+def unpack(rows: Any, specs: Sequence[TensorSpec]) -> dict[str, Any]:
+    """Return samples, an array or a tensor, as the inputs they are of, by name."""
+    if len(specs) == 1:
+        return {specs[0].name: rows}
+    ends = list(accumulate(prod(spec.shape) for spec in specs))
+    parts = (rows[:, start:stop] for start, stop in zip([0, *ends], ends, strict=False))
+    return {
+        spec.name: part.reshape((len(rows), *spec.shape))
+        for spec, part in zip(specs, parts, strict=True)
+    }
+
+
+def inputs_of_graph(graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
+    """Return what a graph takes; a size that it leaves open is 0."""
+    stored = {tensor.name for tensor in graph.initializer}
+    return tuple(
+        TensorSpec(v.name, tuple(axis.dim_value for axis in v.type.tensor_type.shape.dim[1:]))
+        for v in graph.input
+        if v.name not in stored
+    )

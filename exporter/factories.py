@@ -2,7 +2,8 @@
 
 The words come from a command line, or from a program that calls `load_factory`; nothing that was
 read from a file is ever given to it. The factory is called once, with keyword arguments, and its
-network runs once on zeros: what it gives says how many outputs there are.
+network runs once on zeros: what it gives says how many outputs there are. One that a program gives
+as a module (`exporter.live`) is a `Model` beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BATCH = 2
+_HINT = "--input says what it takes; networks of several inputs are not supported so far"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,26 @@ class FactoryModel:
     input: TensorSpec
     output: TensorSpec
     data: str
+    network: nn.Module = field(repr=False)
+    weights: None = None
+
+    def module(self) -> nn.Module:
+        return deepcopy(self.network)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenModel:
+    """What a program gave, copied; ``kind`` is its class, ``changes`` what the copy has otherwise.
+
+    ``name`` is the network's in the report and in the names of its files.
+    """
+
+    name: str
+    kind: str
+    input: TensorSpec
+    output: TensorSpec
+    data: str
+    changes: tuple[str, ...]
     network: nn.Module = field(repr=False)
     weights: None = None
 
@@ -76,10 +98,28 @@ def load_factory(
         code=f"{said}({given})",
         args=dict(args),
         input=spec,
-        output=TensorSpec("output", _outputs(network.eval(), spec, said)),
+        output=TensorSpec("output", outputs_of(network.eval(), spec, said, hint=_HINT)),
         data=fitting(input_shape[0]),
         network=network,
     )
+
+
+def outputs_of(
+    network: nn.Module, spec: TensorSpec, said: str, *, hint: str | None = None
+) -> tuple[int, ...]:
+    """Return the shape of what a network in eval mode gives for an input, without the batch axis.
+
+    It runs once, on zeros. Raises `InputRefused` where it raises anything, with that hint, or gives
+    what `check_output` refuses.
+    """
+    import torch
+
+    shape = " × ".join(map(str, spec.shape))
+    if min(spec.shape) < 1:
+        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
+    with refusing(f"{said} cannot take one input of {shape}:", hint=hint), torch.inference_mode():
+        found = network(torch.zeros(_BATCH, *spec.shape))
+    return check_output(found, name=said, batch=_BATCH)
 
 
 def check_output(found: object, *, name: str, batch: int) -> tuple[int, ...]:
@@ -167,19 +207,3 @@ def _check_network(network: object, said: str) -> None:
                 f"{said}: tensor {key!r} is {kind}, and the reference computes in float32",
                 hint="return network.float()",
             )
-
-
-def _outputs(network: nn.Module, spec: TensorSpec, said: str) -> tuple[int, ...]:
-    """Return the shape of the network's outputs. Raises `InputRefused`."""
-    import torch
-
-    shape = " × ".join(map(str, spec.shape))
-    if min(spec.shape) < 1:
-        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
-    taking = refusing(
-        f"{said} cannot take one input of {shape}:",
-        hint="--input says what it takes; networks of several inputs are not supported so far",
-    )
-    with taking, torch.inference_mode():
-        found = network(torch.zeros(_BATCH, *spec.shape))
-    return check_output(found, name=said, batch=_BATCH)

@@ -17,10 +17,10 @@ import msgspec
 
 from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
-from exporter.data import DataSet, choose_calibration, open_data, shared_samples
+from exporter.data import Data, DataSet, choose_calibration, open_data, shared_samples
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
-from exporter.network import Network, code_of
+from exporter.network import Network, code_of, kind_of
 from exporter.parity import collect_outputs
 from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import PrecisionChoice, Profile
@@ -72,16 +72,16 @@ class Job:
         *,
         weights: Path | Initial | None,
         input_shape: tuple[int, ...] | None,
-        calibration: Array | Path | str | None,
+        calibration: Data | None,
         progress: Progress,
-        data: Path | str | None = None,
+        data: Data | None = None,
         classes: int | None = None,
         builds: bool = True,
         allow_overlap: bool = False,
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        ``data`` and ``calibration`` name what `exporter.data` takes, in place of the model's own. A
+        ``data`` and ``calibration`` are what `exporter.data` takes, in place of the model's own. A
         job that ``builds`` nothing needs no runtime that could. Calibration samples that are among
         those it is judged on are refused unless ``allow_overlap``.
         """
@@ -192,6 +192,11 @@ class Job:
         untrained = not self.loaded.format and self.weights.startswith("random")
         doubts = [_UNTRAINED.format(self.weights)] if untrained else []
         doubts += self.data.record.doubts if self.data.record else ()
+        if kind_of(self.model) and self.data.record is None:
+            doubts.append(
+                f"no data were given, and the {self.held_out.origin} that it is judged on may be "
+                "nothing that the network was made for"
+            )
         if self.held_out.labels is None:
             doubts.append(
                 f"accuracy is not checked, and no gate on it: the {self.held_out.origin} have no "
@@ -229,6 +234,7 @@ class Job:
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
             factory=code_of(self.model),
+            given=kind_of(self.model),
         )
 
 

@@ -14,10 +14,12 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import onnx
+from torch import nn
 
 from exporter import environment
 from exporter.bundle import extended_bundle
 from exporter.contracts import Converted, Model, Progress, Session, silent
+from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, load_factory
@@ -26,10 +28,11 @@ from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
+from exporter.live import live_model
 from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, DataRecord, Report, Variant
+from exporter.records import Artefact, DataRecord, Report, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import is_intact, read_bundle
@@ -41,10 +44,10 @@ _WORST = "worst-case"
 def check_bundle(
     folder: Path,
     *,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     weights: Path | Initial | None = None,
-    calibration: Array | Path | str | None = None,
-    data: Path | str | None = None,
+    calibration: Data | None = None,
+    data: Data | None = None,
     allow_overlap: bool = False,
     search: Search | None = None,
     progress: Progress = silent,
@@ -52,10 +55,11 @@ def check_bundle(
     """Return the bundle's report with parity and fidelity measured anew.
 
     ``model``, ``weights``, ``calibration``, ``data`` and ``allow_overlap`` are what the bundle was
-    exported with, where they were not the built-in ones; code that made the network is never taken
-    from the bundle. The result has no latencies. Nothing is written, but that with ``search`` the
-    worst inputs found for each artefact go into the bundle, as ``worst-case/<artefact>.npy``, and
-    what they show into ``worst-case/record.json``.
+    exported with, where they were not the built-in ones; a network that was given as a module is
+    given as one again, and code that made one is never taken from the bundle. The result has no
+    latencies. Nothing is written, but that with ``search`` the worst inputs found for each artefact
+    go into the bundle, as ``worst-case/<artefact>.npy``, and what they show into
+    ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
@@ -68,6 +72,15 @@ def check_bundle(
             "not run code",
             hint="name the factory with --model, as package.module:factory or file.py:factory",
         )
+    if before.source.given and model is None:
+        raise InputRefused(
+            f"the bundle's network was given in memory, as a {before.source.given}, and the bundle "
+            "does not hold it",
+            hint="name a factory that makes it with --model, or call exporter.check_bundle(folder, "
+            "model=module)",
+        )
+    if isinstance(model, nn.Module):
+        model = live_model(model, before.source.input.shape, name=before.source.model)
     job = Job.resolve(
         model or before.source.model,
         load_profile(folder / "profile.toml"),

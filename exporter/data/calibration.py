@@ -6,18 +6,19 @@ import hashlib
 from pathlib import Path
 
 from exporter import samples
-from exporter.data.sets import BuiltIn, DataSet, Part, open_data
+from exporter.data.held import as_array, is_array
+from exporter.data.sets import BuiltIn, Data, DataSet, Part, open_data
 from exporter.digests import digests
 from exporter.errors import InputRefused
 from exporter.profile import Profile
-from exporter.records import Array, TensorSpec
+from exporter.records import TensorSpec
 from exporter.samples import Samples
 
 _USUAL = 256  # samples that show on which scale the others are
 
 
 def choose_calibration(
-    given: Array | Path | str | None,
+    given: Data | None,
     judged: DataSet,
     model_data: str,
     input: TensorSpec,
@@ -26,19 +27,21 @@ def choose_calibration(
 ) -> Part:
     """Return the samples that set the scales.
 
-    Of an array or an ``.npy`` file that is ``given`` all are taken, of other data as many as the
+    Of one array or an ``.npy`` file that is ``given`` all are taken, of other data as many as the
     profile says, and without any as many of what is ``judged`` on other samples of. Raises
     `InputRefused` if they are too few, or nothing that scales can be taken from.
     """
     if given is None:
         return _draw(judged, input, profile)
-    if isinstance(given, Path | str) and Path(given).suffix.lower() != ".npy":
+    path = Path(given) if isinstance(given, Path | str) else None
+    if not (path.suffix.lower() == ".npy" if path else is_array(given)):
         own = open_data(given, model_data, input, output, profile, whole="train")
         part = _draw(own, input, profile)
-        samples.check_scale(part.samples.inputs, _others(judged), origin=Path(given).name)
+        origin = path.name if path else part.samples.origin
+        samples.check_scale(part.samples.inputs, _others(judged), origin=origin)
         return part
-    origin = Path(given).name if isinstance(given, Path | str) else "the given array"
-    array = samples.load_array(Path(given)) if isinstance(given, Path | str) else given
+    origin = path.name if path else "the given array"
+    array = samples.load_array(path) if path else as_array(given)
     samples.check_calibration(array, input, origin=origin)
     samples.check_scale(array, _others(judged), origin=origin)
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 from exporter import samples
 from exporter.data.arrays import Asked, gather_npy, gather_npz, gather_safetensors
 from exporter.data.factory import gather_made
 from exporter.data.gathered import By, Gathered
+from exporter.data.held import Items, gather_held
 from exporter.data.pictures import gather_images
 from exporter.digests import digests as digests_of
 from exporter.errors import InputRefused
@@ -77,10 +79,11 @@ class Given:
 
 
 DataSet = BuiltIn | Given
+Data: TypeAlias = Path | str | Items
 
 
 def open_data(
-    words: str | Path | None,
+    given: Data | None,
     model_data: str,
     input: TensorSpec,
     output: TensorSpec,
@@ -88,15 +91,16 @@ def open_data(
     *,
     whole: Split | None = None,
 ) -> DataSet:
-    """Return the data that the words name, or the model's own.
+    """Return the data that words name or a program holds, or the model's own.
 
     ``whole`` is the split that all samples go to, where they are not to be divided. Raises
     `InputRefused` for data that cannot be read, or do not fit the network's input and classes.
     """
-    if words is None or str(words) in SPLITS:
-        own = words is None or (str(words) == "digits" and model_data in SPLITS)
+    words = str(given) if isinstance(given, Path | str) else None
+    if given is None or words in SPLITS:
+        own = words is None or (words == "digits" and model_data in SPLITS)
         return BuiltIn(model_data if own else str(words), input.shape)
-    gathered = gather(str(words), input, output, profile)
+    gathered = gather(given, input, output, profile)
     numbers = divide(gathered.digests, profile.data.held_out)
     if whole:
         numbers = {"train": [], "held-out": []}
@@ -110,9 +114,12 @@ def open_data(
     return Given(gathered, _record(gathered, numbers), numbers)
 
 
-def gather(words: str, input: TensorSpec, output: TensorSpec, profile: Profile) -> Gathered:
-    """Return the samples that the words name, undivided. Raises `InputRefused`."""
+def gather(given: Data, input: TensorSpec, output: TensorSpec, profile: Profile) -> Gathered:
+    """Return the samples that words name or a program holds, undivided. Raises `InputRefused`."""
     asked = Asked(input.shape, prod(output.shape), profile.preprocess)
+    if not isinstance(given, Path | str):
+        return gather_held(given, asked)
+    words = str(given)
     path = Path(os.path.abspath(words))  # noqa: PTH100 - its name, and resolve() would follow a link
     if is_code(words):
         return gather_made(words, asked)

@@ -94,6 +94,7 @@ class Job:
         _check_memory(spec, profile)
         module, origin, loaded = network.build(weights)
         network.check(module, spec)
+        module, spec = _fused(module, spec, chosen.output, profile)
         needed = any(precision.needs_calibration for precision in precisions.values())
         fits = (chosen.data, spec, chosen.output, profile)
         whole: Split | None = None if calibration is None else "held-out"
@@ -121,7 +122,7 @@ class Job:
             runtimes=runtimes,
             data=dataset,
             held_out=held_out,
-            noise=samples.noise(spec.shape, count=profile.parity.random, seed=profile.parity.seed),
+            noise=_noise(spec, profile),
             calibration=calibrating,
             stages=stages,
             overlap=shared,
@@ -247,6 +248,20 @@ def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
                 hint=remedy(name, reason),
             )
     return runtimes
+
+
+def _fused(
+    module: nn.Module, spec: TensorSpec, output: TensorSpec, profile: Profile
+) -> tuple[nn.Module, TensorSpec]:
+    """Return the network with what the profile fuses, and the input that it then has."""
+    from exporter.fused import fuse
+
+    return fuse(module, spec, output, profile.preprocess, profile.postprocess)
+
+
+def _noise(spec: TensorSpec, profile: Profile) -> Array:
+    asked = profile.parity
+    return samples.noise(spec.shape, count=asked.random, seed=asked.seed, dtype=spec.dtype)
 
 
 def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...]) -> InputRefused:

@@ -64,16 +64,17 @@ def check_same_interface(
 ) -> None:
     """Raise `GraphError` unless a graph declares the reference's input and output, and no others.
 
-    The batch axis may be free or fixed, and the type must be one of ``dtypes``; ``name`` is what
-    the error calls the graph.
+    The batch axis may be free or fixed, and the type must be one of ``dtypes`` where the reference
+    has float32; ``name`` is what the error calls the graph.
     """
     stored = {tensor.name for tensor in graph.initializer}
     taken = [value for value in graph.input if value.name not in stored]
     for verb, values, spec in (("takes", taken, input), ("gives", list(graph.output), output)):
         found = " and ".join(_declared(value) for value in values) or "nothing"
-        wanted = {_named(spec.name, ("N", *map(str, spec.shape)), dtype) for dtype in dtypes}
+        kinds = dtypes if spec.dtype == "float32" else (spec.dtype,)
+        wanted = {_named(spec.name, ("N", *map(str, spec.shape)), dtype) for dtype in kinds}
         if found not in wanted:
-            either = " or ".join(dtypes)
+            either = " or ".join(kinds)
             reference = _named(spec.name, ("N", *map(str, spec.shape)), either)
             raise GraphError(f"{name} {verb} {found}, and the reference {verb} {reference}")
 

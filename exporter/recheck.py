@@ -79,13 +79,15 @@ def check_bundle(
             hint="name a factory that makes it with --model, or call exporter.check_bundle(folder, "
             "model=module)",
         )
+    profile = load_profile(folder / "profile.toml")
+    shape = profile.preprocess.channels_first(before.source.input.shape)
     if isinstance(model, nn.Module):
-        model = live_model(model, before.source.input.shape, name=before.source.model)
+        model = live_model(model, shape, name=before.source.model)
     job = Job.resolve(
         model or before.source.model,
-        load_profile(folder / "profile.toml"),
+        profile,
         weights=weights,
-        input_shape=before.source.input.shape,
+        input_shape=shape,
         classes=before.source.output.shape[0] if before.source.output.shape else None,
         calibration=calibration,
         data=data,
@@ -136,7 +138,8 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     """
     _, before = read_bundle(folder)
     profile = load_profile(folder / "profile.toml")
-    return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
+    shape = profile.preprocess.channels_first(before.source.input.shape)
+    return load_factory(code, profile.model.args, input_shape=shape)
 
 
 def _check_sources(job: Job, before: Report) -> None:
@@ -259,6 +262,10 @@ def _search(
     """Look for the input on which an artefact disagrees most. Raises `GraphError`."""
     job, source = bundle.job, bundle.ladder.source.emulator
     surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
+    if job.input.dtype != "float32":
+        raise GraphError(
+            "no worst case can be searched for: it is found by gradients, and pixels have none"
+        )
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
     truth = TorchSession.of(job.module, job.model.output.name, double=True)

@@ -35,14 +35,16 @@ def export_onnx(
     batch: BatchRange,
     opset: int = 20,
 ) -> OnnxModel:
-    """Write the network, which takes (N, *input.shape) float32, to ``path``.
+    """Write the network, which takes (N, *input.shape), to ``path``.
 
     Raises `GraphError` if it cannot be exported, or if what was written is not valid ONNX.
     """
     import onnx
     import torch
 
-    example = torch.zeros(2, *input.shape)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(
+        2, *input.shape, dtype=getattr(torch, input.dtype)
+    )  # a batch of 1 would be taken for a constant
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from exporter import environment, samples
 from exporter.bundle import Manifest
 from exporter.contracts import Model, Runtime
+from exporter.data import BuiltIn
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
 from exporter.onnx_files import check_onnx
 from exporter.plugins import load_model, load_runtime, options_of
@@ -47,13 +48,13 @@ class Bundle:
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
         shape = report.source.input.shape
-        held_out = samples.load_split(_data(report, model), shape, "held-out")
+        name = _data(report, model, profile.preprocess.channels_first(shape))
+        held_out = BuiltIn(name, shape, profile.preprocess).load("held-out")
         return cls(label, folder, manifest, report, profile, held_out)
 
 
-def _data(report: Report, model: Model | None) -> str:
+def _data(report: Report, model: Model | None, shape: tuple[int, ...]) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
-    shape = report.source.input.shape
     if model is None and (report.source.factory or report.source.given):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data

@@ -11,6 +11,17 @@ by their decoded pixels, and arrays by their bytes.
 """
 
 from exporter.data.calibration import choose_calibration
-from exporter.data.sets import Data, DataSet, Given, Part, open_data, shared_samples
+from exporter.data.pictures import check_scale_said
+from exporter.data.sets import BuiltIn, Data, DataSet, Given, Part, open_data, shared_samples
 
-__all__ = ["Data", "DataSet", "Given", "Part", "choose_calibration", "open_data", "shared_samples"]
+__all__ = [
+    "BuiltIn",
+    "Data",
+    "DataSet",
+    "Given",
+    "Part",
+    "check_scale_said",
+    "choose_calibration",
+    "open_data",
+    "shared_samples",
+]

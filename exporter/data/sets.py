@@ -14,13 +14,13 @@ from exporter.data.arrays import Asked, gather_npy, gather_npz, gather_safetenso
 from exporter.data.factory import gather_made
 from exporter.data.gathered import By, Gathered
 from exporter.data.held import Items, gather_held
-from exporter.data.pictures import gather_images
+from exporter.data.pictures import as_taken, gather_images
 from exporter.digests import digests as digests_of
 from exporter.errors import InputRefused
 from exporter.given_code import is_code
 from exporter.profile import Profile
-from exporter.records import DataRecord, TensorSpec
-from exporter.samples import SPLITS, Samples, Split, load_split
+from exporter.records import DataRecord, Preprocess, TensorSpec
+from exporter.samples import SPLITS, Samples, Split, load_split, pixels
 
 KINDS = "digits, a folder of images, .npy, .npz, .safetensors, or module:factory"
 _FEWEST = 2  # held-out samples: one alone shows nothing
@@ -41,13 +41,20 @@ class BuiltIn:
 
     record = None
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], preprocess: Preprocess) -> None:
         self._name = name
-        self._shape = shape
+        self._shape = preprocess.channels_first(shape)
+        self._preprocess = preprocess
 
     def load(self, split: Split) -> Samples:
         """Return one split. Raises `UnknownName`, `InputRefused`."""
-        return load_split(self._name, self._shape, split)
+        import numpy as np
+
+        found = load_split(self._name, self._shape, split)
+        if self._preprocess.fuse is None:
+            return found
+        taken = as_taken(np.moveaxis(pixels(found.inputs), 1, -1), self._preprocess)
+        return found._replace(inputs=taken, origin=f"{found.origin} as pixels")
 
     def part(self, split: Split) -> Part:
         """Return one split, with what tells its samples apart."""
@@ -99,7 +106,7 @@ def open_data(
     words = str(given) if isinstance(given, Path | str) else None
     if given is None or words in SPLITS:
         own = words is None or (words == "digits" and model_data in SPLITS)
-        return BuiltIn(model_data if own else str(words), input.shape)
+        return BuiltIn(model_data if own else str(words), input.shape, profile.preprocess)
     gathered = gather(given, input, output, profile)
     numbers = divide(gathered.digests, profile.data.held_out)
     if whole:
@@ -124,7 +131,8 @@ def gather(given: Data, input: TensorSpec, output: TensorSpec, profile: Profile)
     if is_code(words):
         return gather_made(words, asked)
     if path.is_dir():
-        found = gather_images(path, input.shape, profile.preprocess, profile.data)
+        shape = profile.preprocess.channels_first(input.shape)
+        found = gather_images(path, shape, profile.preprocess, profile.data)
         if found.classes not in (None, asked.classes):
             raise InputRefused(
                 f"{found.name}: {found.classes} class folders, and the network has "

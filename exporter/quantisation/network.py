@@ -105,6 +105,7 @@ class Network:
         ``steps`` quantises tensors where they are read so, ``weights`` replaces constants, and
         ``offsets`` are added to tensors where they are read quantised.
         """
+        x = x.to(self.emulator.kind)  # pixels are whole numbers
         constants = {**self.emulator.constants, **(weights or {})}
         values: Values = {self.input: x}
         read: Values = {}

@@ -17,7 +17,14 @@ import msgspec
 
 from exporter import environment, samples
 from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
-from exporter.data import Data, DataSet, choose_calibration, open_data, shared_samples
+from exporter.data import (
+    Data,
+    DataSet,
+    choose_calibration,
+    is_built_in,
+    open_data,
+    shared_samples,
+)
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
 from exporter.network import Network, code_of, kind_of
@@ -91,7 +98,7 @@ class Job:
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
-        _check_memory(spec, profile)
+        _check_memory(spec, profile, own=data is None or is_built_in(data))
         module, origin, loaded = network.build(weights)
         network.check(module, spec)
         module, spec = _fused(module, spec, chosen.output, profile)
@@ -273,10 +280,14 @@ def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...
     )
 
 
-def _check_memory(spec: TensorSpec, profile: Profile) -> None:
-    """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways."""
+def _check_memory(spec: TensorSpec, profile: Profile, *, own: bool) -> None:
+    """Raise `OutOfMemory` if the samples alone would not fit; libraries fail on it in odd ways.
+
+    Where they are not the model's ``own``, they are read as they are needed.
+    """
     memory = environment.memory_bytes()
-    count = samples.MOST + profile.parity.random + samples.VARIED * max(profile.timing.batches)
+    count = samples.MOST if own else profile.calibration.images
+    count += profile.parity.random + samples.VARIED * max(profile.timing.batches)
     needed = count * prod(spec.shape) * 4
     if memory and needed > memory:
         shape = " × ".join(map(str, spec.shape))

@@ -6,12 +6,13 @@ package are found by name, a user's own by its path; options on the command line
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 import msgspec
@@ -202,6 +203,38 @@ def _check_names_no_code(table: Mapping[str, Any], where: str) -> None:
             f"which or by what code, found {shown(others[0])}",
             hint="name the network on the command line, with --model",
         )
+    for key, text in _texts(found.get("args") if isinstance(found, dict) else None, "model.args"):
+        if what := _leads_outside(text):
+            raise ProfileError(
+                f"{where}: {key}: {what}, and a profile names nothing outside itself, found "
+                f"{shown(text)}",
+                hint="write it into a factory of your own, and name that with --model",
+            )
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield every text in a value, and the keys of its tables, each with where it stands."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield f"{key}.{plain(name)}", str(name)
+            yield from _texts(part, f"{key}.{plain(name)}")
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _texts(part, f"{key}[{index}]")
+
+
+def _leads_outside(text: str) -> str | None:
+    """Return what a factory might take a text for that it could fetch or run."""
+    if re.match(r"\s*[\w.+-]+:\S", text) or text.lstrip().startswith("//"):
+        return "this may be a URL, or name code"
+    if "$" in text or re.search(r"%\w+%", text):
+        return "this may be an environment variable"
+    path = PureWindowsPath(text)  # which knows / too
+    if path.anchor or ".." in path.parts or text.lstrip().startswith("~"):
+        return "this may be a path that leaves the profile's folder"
+    return None
 
 
 def _tables(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:

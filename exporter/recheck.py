@@ -32,10 +32,10 @@ from exporter.live import live_model
 from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Artefact, DataRecord, Report, Variant
+from exporter.records import Artefact, Report, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
-from exporter.shipped import is_intact, read_bundle
+from exporter.shipped import check_data, is_intact, read_bundle
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -151,7 +151,7 @@ def _check_sources(job: Job, before: Report) -> None:
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
             hint="give the same with --weights",
         )
-    _check_data(job.data.record, before.data)
+    check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
     wanted = before.calibration or "nothing"
     if wanted != calibrated:
@@ -166,22 +166,6 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
-
-
-def _check_data(found: DataRecord | None, before: DataRecord | None) -> None:
-    """Raise `InputRefused` unless the samples are those that the bundle was judged on."""
-    now, then = (
-        f"{data.held_out} of the {data.samples} samples of {data.name!r}, SHA-256 "
-        f"{data.sha256[:12]}…"
-        if data
-        else "the network's own samples"
-        for data in (found, before)
-    )
-    if now != then:
-        raise InputRefused(
-            f"the bundle was judged on {then}, and this would be on {now}",
-            hint="give the same with --data" if before else "leave out --data",
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exporter.bundle import Manifest, read_manifest
 from exporter.errors import InputRefused
-from exporter.records import File, Report
+from exporter.records import DataRecord, File, Report
 from exporter.renderers import record
 
 
@@ -45,3 +45,19 @@ def intact_file(manifest: Manifest, name: str, folder: Path) -> File:
             hint="export it anew",
         )
     return file
+
+
+def check_data(found: DataRecord | None, before: DataRecord | None) -> None:
+    """Raise `InputRefused` unless the samples are those that the bundle was judged on."""
+    now, then = (
+        f"{data.held_out} of the {data.samples} samples of {data.name!r}, SHA-256 "
+        f"{data.sha256[:12]}…"
+        if data
+        else "the network's own samples"
+        for data in (found, before)
+    )
+    if now != then:
+        raise InputRefused(
+            f"the bundle was judged on {then}, and this would be on {now}",
+            hint="give the same with --data" if before else "leave out --data",
+        )

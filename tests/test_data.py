@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import exporter
+from exporter.bench import bench_bundles
 from exporter.cli import main
 from exporter.contracts import silent
-from exporter.errors import InputRefused
+from exporter.errors import InputRefused, OutOfMemory
 from exporter.job import Job
 from exporter.profile import load_profile
 from exporter.recheck import check_bundle
+from exporter.records import BenchAsked
 from exporter.renderers import markdown, record
 from exporter.samples import MEAN, STD, digits
 
@@ -130,6 +133,23 @@ def test_a_bundle_is_checked_again_on_the_same_data_and_no_other(
         check_bundle(bundle, model=tiny_model, data=fewer)
 
 
+def test_a_bench_runs_on_the_data_that_a_bundle_was_judged_on_and_no_other(
+    bundle, report, folder, tiny_model
+):
+    few = BenchAsked(batches=(1,), runs=4, loads=1)
+    timed = partial(bench_bundles, [bundle], few, models=[tiny_model])
+    found = timed(data=folder)
+    assert found.samples == (report.pytorch[0].inputs,)
+    assert {one.checked.samples for one in found.timed} == {report.data.held_out}
+    assert {one.checked.accuracy for one in found.timed} == {"pass"}
+    assert not any("--data" in doubt for doubt in found.doubts)
+    without = timed()
+    assert {one.checked.accuracy for one in without.timed} == {"not checked"}
+    assert any("'scans' and runs on 360 held-out digits" in doubt for doubt in without.doubts)
+    with refused(InputRefused, "'scans', SHA-256", "the network's own samples", hint=("--data",)):
+        timed(data="digits")
+
+
 def test_samples_that_are_made_anew_each_time_give_the_same_figures(
     bundle, report, folder, tiny_model, monkeypatch
 ):
@@ -146,6 +166,13 @@ def test_samples_that_are_made_anew_each_time_give_the_same_figures(
 def resolved(model, *, overrides=None, **request) -> Job:
     plain = {"weights": None, "input_shape": None, "calibration": None, "progress": silent}
     return Job.resolve(model, profile(**(overrides or {})), **{**plain, **request})
+
+
+def test_only_samples_that_are_all_in_memory_must_fit_there(tiny_model, folder, monkeypatch):
+    monkeypatch.setattr("exporter.environment.memory_bytes", lambda: 2_000_000)
+    assert len(resolved(tiny_model, data=folder).held_out.inputs) > 1
+    with refused(OutOfMemory, "samples of 1 × 32 × 32"):
+        resolved(tiny_model)
 
 
 def test_without_labels_accuracy_is_not_checked_and_the_other_gates_are(tiny_model, tmp_path):

@@ -344,6 +344,36 @@ def test_a_profile_that_names_code_is_refused(tmp_path, table, named):
         load_profile(tmp_path / "sent.toml")
 
 
+@pytest.mark.parametrize(
+    ("args", "key", "what"),
+    [
+        ('url = "https://example.org/net.pth"', "model.args.url", "a URL, or name code"),
+        ('url = "//example.org/net.pth"', "model.args.url", "a URL, or name code"),
+        ('name = "hf-hub:someone/net"', "model.args.name", "a URL, or name code"),
+        ('act = "os:system"', "model.args.act", "a URL, or name code"),
+        ('act = " data:text/x-python,1"', "model.args.act", "a URL, or name code"),
+        ('blocks = [{ file = "/etc/passwd" }]', "model.args.blocks[0].file", "a path that leaves"),
+        ('file = "..\\\\weights.pth"', "model.args.file", "a path that leaves"),
+        ('file = "a/../../b"', "model.args.file", "a path that leaves"),
+        ('file = "C:\\\\weights.pth"', "model.args.file", "a URL, or name code"),
+        ('file = "~/weights.pth"', "model.args.file", "a path that leaves"),
+        ('file = "$HOME/w"', "model.args.file", "an environment variable"),
+        ('file = "%HOME%"', "model.args.file", "an environment variable"),
+        ('[model.args.kw]\n"file:///x" = 1', "model.args.kw.file:///x", "a URL, or name code"),
+    ],
+)
+def test_arguments_of_a_profile_name_nothing_outside_it(tmp_path, args, key, what):
+    (tmp_path / "sent.toml").write_text(f"{HEAD}[model.args]\n{args}\n", "utf-8")
+    with refused(ProfileError, f"sent.toml: {key}: this may be {what}", hint=("--model",)):
+        load_profile(tmp_path / "sent.toml")
+
+
+def test_words_are_no_paths_and_no_urls():
+    words = {"norm": "batch norm", "act": "relu6", "stages": ["a.b", "3x3/2", "50 %", "é: wide"]}
+    profile = load_profile("default", {f"model.args.{key}": word for key, word in words.items()})
+    assert profile.model.args == words
+
+
 def test_arguments_of_a_profile_come_back_from_what_it_is_written_as(tmp_path):
     profile = load_profile("default", {"model.args.stages": [1, 2], "model.args.wide": True})
     (tmp_path / "again.toml").write_text(profile.to_toml(), "utf-8")

@@ -25,7 +25,7 @@ from torch import nn
 from exporter.emulation import Emulator, Step
 from exporter.errors import GraphError
 from exporter.precisions.int8 import Int8
-from exporter.quantisation.equalisation import _solve, _Tensor, equalise, factors
+from exporter.quantisation.equalisation import Factors, _solve, _Tensor, equalise
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
 from exporter.quantisation.observe import describe, measured_error, observe, peak
@@ -77,7 +77,7 @@ def equalised(model: onnx.ModelProto, p: float = 8.0):
         name: peak(network, name, low.amin(dim=0), observed.high[name].amax(dim=0))
         for name, low in observed.low.items()
     }
-    found = factors(network, observed, peaks, groups, p)
+    found = Factors(network, observed, groups).best(peaks, p)
     return equalise(network, groups, found, observed.shapes)
 
 
@@ -169,12 +169,10 @@ def test_weights_that_two_layers_share_are_not_scaled():
 
 
 def test_the_factors_of_one_tensor_are_the_closed_form():
-    tensor = object.__new__(_Tensor)
-    tensor.peak = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
-    tensor.gain = torch.tensor([2.0, 1.0, 8.0], dtype=torch.float64)
-    tensor.power, tensor.readers = torch.ones(3, dtype=torch.float64), []
-    want = (tensor.peak**6 / tensor.gain) ** (1 / 8)
-    torch.testing.assert_close(_solve([tensor], 6.0), (want / want.max()).float())
+    peak, gain = np.array([1.0, 4.0, 0.5]), np.array([2.0, 1.0, 8.0])
+    want = (peak**6 / gain) ** (1 / 8)
+    found = _solve([_Tensor(gain, power=np.ones(3))], [peak], 6.0)
+    np.testing.assert_allclose(found, want / want.max(), rtol=1e-6)
 
 
 # ── What an error costs ─────────────────────────────────────────────────────────────
@@ -187,8 +185,8 @@ def test_the_gain_of_a_tensor_is_that_of_its_quantised_reads_by_its_jacobian(pla
     name = network.tensors[1]  # read by a convolution, and in float by a sum
 
     def outputs(offset: torch.Tensor) -> torch.Tensor:
-        offsets = {n: torch.zeros(1) for n in network.tensors} | {name: offset}
-        return network.run(torch.from_numpy(sample), offsets=offsets)[network.output][0]
+        x = torch.from_numpy(sample)
+        return network.run(x, offsets={name: offset})[network.output][0]
 
     value = network.run(torch.from_numpy(sample), watch=[name])[name]
     jacobian = torch.autograd.functional.jacobian(outputs, torch.zeros_like(value))

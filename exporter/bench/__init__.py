@@ -24,6 +24,7 @@ from exporter.bench.candidates import (
     Found,
     check_loads,
     check_memory,
+    doubts_of_data,
     find_candidates,
     read_bundles,
 )
@@ -31,6 +32,7 @@ from exporter.bench.real import Wanted, Watch, check_accuracy, first_run, untime
 from exporter.bench.ways import ways
 from exporter.contracts import Model, Progress, Session, silent
 from exporter.cores import usable_cores
+from exporter.data import Data
 from exporter.errors import BuildError, ProfileError, with_hint
 from exporter.latency import Entrant, time_in_turn
 from exporter.plugins import options_of
@@ -61,17 +63,20 @@ def bench_bundles(
     asked: BenchAsked = BenchAsked(),  # noqa: B008 - frozen
     *,
     models: Sequence[Model | None] | None = None,
+    data: Data | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
     """Time all that the bundles hold, in turn, and return the record of it. Nothing is written.
 
-    ``models`` are what the bundles were exported from, where they were not the built-in ones.
+    ``models`` are what the bundles were exported from, where they were not the built-in ones, and
+    ``data`` the samples that they were judged on, where those were not the networks' own.
 
-    Raises `InputRefused` for a folder that is no bundle, a file that is gone or altered, or a batch
-    that a model does not take; `UnknownName` for an unknown runtime; `RuntimeMissing` for one that
-    cannot run here; `ProfileError` for threads where no runtime has any.
+    Raises `InputRefused` for a folder that is no bundle, a file that is gone or altered, other data
+    than a bundle was judged on, or a batch that a model does not take; `UnknownName` for an unknown
+    runtime; `RuntimeMissing` for one that cannot run here; `ProfileError` for threads where no
+    runtime has any.
     """
-    bundles = read_bundles(folders, models or [None] * len(folders))
+    bundles = read_bundles(folders, models or [None] * len(folders), data)
     asked = msgspec.structs.replace(
         asked, batches=asked.batches or bundles[0].profile.timing.batches
     )
@@ -96,6 +101,7 @@ def bench_bundles(
         latency=times.latency,
         noise=times.noise,
         doubts=(
+            *doubts_of_data(bundles, data),
             *doubts,
             *times.doubts,
             *(why for one in (*times.latency, *times.on_device) for why in one.doubts),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from exporter import environment, samples
 from exporter.bundle import Manifest
 from exporter.contracts import Model, Runtime
-from exporter.data import BuiltIn
+from exporter.data import Data, open_data
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
 from exporter.onnx_files import check_onnx
 from exporter.plugins import load_model, load_runtime, options_of
@@ -26,8 +26,8 @@ from exporter.records import (
     Report,
     Variant,
 )
-from exporter.samples import Samples
-from exporter.shipped import intact_file, read_bundle
+from exporter.samples import Samples, Split
+from exporter.shipped import check_data, intact_file, read_bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +42,31 @@ class Bundle:
     held_out: Samples
 
     @classmethod
-    def read(cls, folder: Path, label: str, model: Model | None) -> Bundle:
-        """Return it. Raises `InputRefused` if it is none, or not what it was."""
+    def read(cls, folder: Path, label: str, model: Model | None, data: Data | None) -> Bundle:
+        """Return it, with held-out samples of ``data`` or else of its network's own.
+
+        Raises `InputRefused` if it is none, or not what it was, or was judged on other data.
+        """
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
-        shape = report.source.input.shape
-        name = _data(report, model, profile.preprocess.channels_first(shape))
-        held_out = BuiltIn(name, shape, profile.preprocess).load("held-out")
+        held_out = _held_out(report, profile, _own_data(report, model, profile), data)
         return cls(label, folder, manifest, report, profile, held_out)
 
 
-def _data(report: Report, model: Model | None, shape: tuple[int, ...]) -> str:
+def _held_out(report: Report, profile: Profile, own: str, data: Data | None) -> Samples:
+    """Return the samples of the data named, which must be those that the bundle was judged on."""
+    source, before = report.source, report.data
+    whole: Split | None = "held-out" if before and before.held_out == before.samples else None
+    found = open_data(data, own, source.input, source.output, profile, whole=whole)
+    if data is not None:
+        check_data(found.record, before)
+    return found.load("held-out")
+
+
+def _own_data(report: Report, model: Model | None, profile: Profile) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
+    shape = profile.preprocess.channels_first(report.source.input.shape)
     if model is None and (report.source.factory or report.source.given):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data
@@ -80,7 +92,9 @@ class Found(NamedTuple):
     not_timed: list[NotTimed]
 
 
-def read_bundles(folders: Sequence[Path], models: Sequence[Model | None]) -> list[Bundle]:
+def read_bundles(
+    folders: Sequence[Path], models: Sequence[Model | None], data: Data | None
+) -> list[Bundle]:
     """Return the bundles, each under its folder's name, and that with a number if it is another's.
 
     Raises `InputRefused` for the first that is none, or not what it was.
@@ -89,8 +103,20 @@ def read_bundles(folders: Sequence[Path], models: Sequence[Model | None]) -> lis
     for folder, model in zip(folders, models, strict=True):
         name = folder.resolve().name
         same = sum(Path(bundle.folder).resolve().name == name for bundle in bundles)
-        bundles.append(Bundle.read(folder, f"{name} ({same + 1})" if same else name, model))
+        label = f"{name} ({same + 1})" if same else name
+        bundles.append(Bundle.read(folder, label, model, data))
     return bundles
+
+
+def doubts_of_data(bundles: Sequence[Bundle], data: Data | None) -> Iterator[str]:
+    """Yield whose accuracy is not compared with its record, since its data was not named."""
+    for bundle in bundles:
+        if data is None and bundle.report.data:
+            yield (
+                f"{bundle.label} was judged on {bundle.report.data.name!r} and runs on "
+                f"{bundle.held_out.origin}, so that its accuracy is not compared with its record: "
+                "name its data with --data"
+            )
 
 
 def find_candidates(bundles: Sequence[Bundle], asked: BenchAsked, scratch: Path) -> Found:

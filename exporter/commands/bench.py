@@ -39,6 +39,9 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     default=(),
     help="Thread counts, each a candidate. Default: the profile's.",
 )
+@click.option(
+    "--data", metavar="DATA", help="What --data was of the export: the samples to run on."
+)
 @click.option("--runs", type=int, help="Rounds at each batch size. Default: 100.")
 @click.option("--seconds", type=float, help="In place of --runs: how long at each batch size.")
 @click.option(
@@ -65,6 +68,7 @@ def bench(
     /,
     bundles: tuple[Path, ...],
     runtime: tuple[str, ...],
+    data: str | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -87,7 +91,7 @@ def bench(
     with ctx.obj.bars() as progress:
         with progress("load", None):
             from exporter.bench import bench_bundles
-        report = bench_bundles(bundles, request, progress=progress)
+        report = bench_bundles(bundles, request, data=data, progress=progress)
     if out is not None:
         benching.write(report, out)
     if as_json:

@@ -12,16 +12,24 @@ by their decoded pixels, and arrays by their bytes.
 
 from exporter.data.calibration import choose_calibration
 from exporter.data.pictures import check_scale_said
-from exporter.data.sets import BuiltIn, Data, DataSet, Given, Part, open_data, shared_samples
+from exporter.data.sets import (
+    Data,
+    DataSet,
+    Given,
+    Part,
+    is_built_in,
+    open_data,
+    shared_samples,
+)
 
 __all__ = [
-    "BuiltIn",
     "Data",
     "DataSet",
     "Given",
     "Part",
     "check_scale_said",
     "choose_calibration",
+    "is_built_in",
     "open_data",
     "shared_samples",
 ]

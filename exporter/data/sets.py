@@ -89,6 +89,11 @@ DataSet = BuiltIn | Given
 Data: TypeAlias = Path | str | Items
 
 
+def is_built_in(given: Data) -> bool:
+    """Return whether data are words for samples that come with the package."""
+    return isinstance(given, Path | str) and str(given) in SPLITS
+
+
 def open_data(
     given: Data | None,
     model_data: str,
@@ -103,10 +108,9 @@ def open_data(
     ``whole`` is the split that all samples go to, where they are not to be divided. Raises
     `InputRefused` for data that cannot be read, or do not fit the network's input and classes.
     """
-    words = str(given) if isinstance(given, Path | str) else None
-    if given is None or words in SPLITS:
-        own = words is None or (words == "digits" and model_data in SPLITS)
-        return BuiltIn(model_data if own else str(words), input.shape, profile.preprocess)
+    if given is None or is_built_in(given):
+        own = given is None or (str(given) == "digits" and model_data in SPLITS)
+        return BuiltIn(model_data if own else str(given), input.shape, profile.preprocess)
     gathered = gather(given, input, output, profile)
     numbers = divide(gathered.digests, profile.data.held_out)
     if whole:

@@ -16,8 +16,8 @@ fixed point of the same equation, which balances what pulls each s_c down agains
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,43 +39,62 @@ _WEIGHT_NORM = 6.0  # the weights are known, but a smooth maximum is balanced by
 _STEPS = 30
 
 
-def factors(
-    network: Network, observed: Observed, peaks: Mapping[str, Tensor], groups: Groups, p: float
-) -> dict[str, Tensor]:
-    """Return s of each group, (C,) float32 with largest value 1, by the group's name.
+class Factors:
+    """What the sum is over, found once for the ranges of any samples."""
 
-    ``peaks`` (C,) are the largest magnitudes of each tensor that is read quantised.
+    def __init__(self, network: Network, observed: Observed, groups: Groups) -> None:
+        self._members: dict[str, list[str]] = {}
+        self._terms: dict[str, _Tensor] = {}
+        for name in network.tensors:
+            if (group := groups.of(name)) is not None:
+                self._members.setdefault(group, []).append(name)
+                self._terms[name] = _Tensor.of(network, observed, name)
+
+    def best(self, peaks: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
+        """Return s of each group, (C,) float32 with largest value 1, by the group's name.
+
+        ``peaks`` (C,) are the largest magnitudes of each tensor that is read quantised.
+        """
+        found = {}
+        for group, names in self._members.items():
+            reached = [peaks[name].double().numpy() for name in names]
+            if all(peak.max() > 0 for peak in reached):
+                terms = [self._terms[name] for name in names]
+                found[group] = torch.from_numpy(_solve(terms, reached, p)).float()
+        return found
+
+
+class _Tensor(NamedTuple):
+    """One tensor's terms of the sum, float64: G and P, (C,), and those of each of its readers.
+
+    A reader's are each input channel's largest weight to the power of the norm, (O, C), and k · G,
+    (O,).
     """
-    members: dict[str, list[str]] = {}
-    for name in network.tensors:
-        if (group := groups.of(name)) is not None:
-            members.setdefault(group, []).append(name)
-    found = {}
-    for group, names in members.items():
-        if all(float(peaks[name].max()) > 0 for name in names):
-            found[group] = _solve([_Tensor(network, observed, peaks, n) for n in names], p)
-    return found
 
+    gain: Array
+    power: Array
+    readers: tuple[tuple[Array, Array], ...] = ()
 
-class _Tensor:
-    """One tensor's terms of the sum, in float64."""
+    @classmethod
+    def of(cls, network: Network, observed: Observed, name: str) -> _Tensor:
+        gain = observed.gain[name].numpy()
+        return cls(
+            gain + 1e-6 * gain.mean() + 1e-300,
+            observed.power[name].numpy(),
+            tuple(
+                _reader(
+                    network.emulator.constants[step.reads[1]], observed.gain_behind[step.writes[0]]
+                )
+                for step, index in network.readers(name)
+                if index == 0 and step in network.layers and step.attributes.get("group", 1) == 1
+            ),
+        )
 
-    def __init__(
-        self, network: Network, observed: Observed, peaks: Mapping[str, Tensor], name: str
-    ) -> None:
-        self.peak = peaks[name].double().clamp_min(_FLOOR * float(peaks[name].max()))
-        gain = observed.gain[name]
-        self.gain = gain + 1e-6 * gain.mean() + 1e-300
-        self.power = observed.power[name]
-        self.readers = [
-            _reader(network.emulator.constants[step.reads[1]], observed.gain_behind[step.writes[0]])
-            for step, index in network.readers(name)
-            if index == 0 and step in network.layers and step.attributes.get("group", 1) == 1
-        ]
-
-    def pulls(self, s: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    def pulls(self, peak: Array, s: Array, p: float) -> tuple[Array, Array]:
         """Return what grows with each s_c, and what shrinks, of the predicted error."""
-        share = (self.peak / s) ** p
+        import numpy as np
+
+        share = (peak / s) ** p
         step = share.sum() ** (2 / p)
         grows = step * self.gain * s**2
         shrinks = step * (self.gain * s**2).sum() * share / share.sum()
@@ -83,27 +102,30 @@ class _Tensor:
         for largest, gain in self.readers:
             row = largest @ to_norm
             noise = _WEIGHTS * gain * row ** (2 / _WEIGHT_NORM)
-            per_row = torch.where(row > 0, noise / row, 0.0)
+            per_row = np.divide(noise, row, out=np.zeros_like(row), where=row > 0)
             grows = grows + (per_row @ largest) * to_norm * power.sum()
             shrinks = shrinks + noise.sum() * power
         return grows, shrinks
 
 
-def _solve(tensors: list[_Tensor], p: float) -> Tensor:
-    s = torch.ones_like(tensors[0].peak)
+def _solve(tensors: Sequence[_Tensor], peaks: Sequence[Array], p: float) -> Array:
+    """Return s, (C,) float64 with largest value 1, of the tensors of one group."""
+    import numpy as np
+
+    reached = [np.maximum(peak, _FLOOR * peak.max()) for peak in peaks]
+    s: Array = np.ones_like(reached[0])
     for _ in range(_STEPS):
-        pulls = [tensor.pulls(s, p) for tensor in tensors]
-        grows = torch.stack([grow for grow, _ in pulls]).sum(dim=0)
-        shrinks = torch.stack([shrink for _, shrink in pulls]).sum(dim=0)
+        pulls = [t.pulls(peak, s, p) for t, peak in zip(tensors, reached, strict=True)]
+        grows, shrinks = (sum(parts) for parts in zip(*pulls, strict=True))
         s = s * (shrinks / grows) ** (1 / (p + 2))
         s = s / s.max()
-    return s.float()
+    return s
 
 
-def _reader(weights: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each input channel's largest weight to the power of the norm, (O, C), and k · G."""
+def _reader(weights: Tensor, gain: Tensor) -> tuple[Array, Array]:
     rows = weights.double().abs().reshape(*weights.shape[:2], -1)
-    return rows.amax(dim=2) ** _WEIGHT_NORM, rows.shape[2] * gain
+    largest: Array = (rows.amax(dim=2) ** _WEIGHT_NORM).numpy()
+    return largest, (rows.shape[2] * gain).numpy()
 
 
 # ── The graph, scaled ───────────────────────────────────────────────────────────────

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from exporter.contracts import Progress
 from exporter.digests import folds
-from exporter.quantisation.equalisation import factors
+from exporter.quantisation.equalisation import Factors
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import gain, is_better
-from exporter.quantisation.network import Network, as_steps
+from exporter.quantisation.network import Network, Reference, as_steps
 from exporter.quantisation.observe import Observed, peak
 from exporter.steps import Steps, steps_for
 
@@ -34,17 +34,24 @@ class Folds:
     """Ranges from all folds of the samples but one, errors on that one, in turn."""
 
     def __init__(
-        self, network: Network, observed: Observed, samples: Array, groups: Groups
+        self,
+        network: Network,
+        observed: Observed,
+        samples: Array,
+        groups: Groups,
+        factors: Factors,
+        reference: Reference,
     ) -> None:
         self._network, self._observed, self._groups = network, observed, groups
+        self._factors = factors
+        self._reference = reference
         self._few = len(samples) < _FEW
         count = max(len(low) for low in observed.low.values())
         dealt: dict[int, list[int]] = {}
         for index, fold in enumerate(folds(samples, count)):
             dealt.setdefault(fold, []).append(index)
-        self._samples = {
-            fold: samples[chosen[: CROSSED // count]] for fold, chosen in dealt.items()
-        }
+        self._judged = {fold: chosen[: CROSSED // count] for fold, chosen in dealt.items()}
+        self._samples = {fold: samples[chosen] for fold, chosen in self._judged.items()}
 
     def best(self, progress: Progress) -> tuple[float | None, float]:
         """Return the norm and the headroom of the smallest error, or None and 1."""
@@ -53,7 +60,7 @@ class Folds:
         first = [(p, h) for p in (None, *NORMS) for h in (HEADROOM if self._few else HEADROOM[:1])]
         count = len(first) + (0 if self._few else 1)
         with progress("int8: cross-validate channel factors", count) as advance:
-            outputs = {fold: self._network.outputs(x) for fold, x in self._samples.items()}
+            outputs = {fold: self._reference.outputs(i) for fold, i in self._judged.items()}
             steps = {norm: self._steps(norm) for norm in (None, *NORMS)}
             tried = {}
             for norm, headroom in first:
@@ -85,14 +92,12 @@ class Folds:
 
     def _steps(self, norm: float | None) -> Callable[[int, float], dict[str, Steps]]:
         """Return what gives the steps for a fold, from the ranges of the others, and a headroom."""
-        network, observed = self._network, self._observed
+        network = self._network
         ranges = {fold: self._ranges(fold) for fold in self._samples}
         by_fold = {}
         for fold, seen in ranges.items():
             peaks = {name: peak(network, name, *sides) for name, sides in seen.items()}
-            by_fold[fold] = (
-                {} if norm is None else factors(network, observed, peaks, self._groups, norm)
-            )
+            by_fold[fold] = {} if norm is None else self._factors.best(peaks, norm)
 
         def found(fold: int, headroom: float) -> dict[str, Steps]:
             return {

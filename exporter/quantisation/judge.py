@@ -23,18 +23,17 @@ _SOUND = 32  # samples from which the sum decides
 
 
 class Judge:
-    """Compares with the float network's outputs, and notes what each step brought."""
+    """Compares with the float network's outputs, (samples, outputs), and notes what steps bring."""
 
-    def __init__(self, samples: Array) -> None:
+    def __init__(self, samples: Array, outputs: Tensor) -> None:
         self.samples = samples
         self.repairs: list[Repair] = []
-        self._reference = self._power = torch.empty(0)
+        self._reference = outputs
+        self._power = outputs.square().sum()
         self._before = torch.empty(0)
 
     def first(self, network: Network, steps: Mapping[str, Steps]) -> None:
         """Judge the plain form: largest magnitudes, weights rounded to the nearest step."""
-        self._reference = network.outputs(self.samples)
-        self._power = self._reference.square().sum()
         self._before = self.errors(network, steps, nearest_weights(network))
         self.repairs.append(Repair("max", None, True, self.decibels(self._before)))
 

@@ -97,13 +97,14 @@ class Network:
         steps: Mapping[str, Steps] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         *,
-        offsets: Mapping[str, Tensor] | None = None,
+        offsets: Values | None = None,
         watch: Sequence[str] = (),
     ) -> Values:
         """Return the output and the tensors to ``watch`` for one batch.
 
         ``steps`` quantises tensors where they are read so, ``weights`` replaces constants, and
-        ``offsets`` are added to tensors where they are read quantised.
+        ``offsets`` are added to tensors where they are read quantised: one that is not there is put
+        there, as zeros to differentiate by.
         """
         x = x.to(self.emulator.kind)  # pixels are whole numbers
         constants = {**self.emulator.constants, **(weights or {})}
@@ -143,6 +144,21 @@ class Network:
             return torch.cat([part.flatten(1) for part in found]).double()
 
 
+class Reference:
+    """The float network's outputs, computed once for each of the samples that is asked for."""
+
+    def __init__(self, network: Network, samples: Array) -> None:
+        self._network, self._samples = network, samples
+        self._rows: dict[int, Tensor] = {}
+
+    def outputs(self, indices: Sequence[int]) -> Tensor:
+        """Return those of some samples, (samples, outputs) float64."""
+        new = [index for index in indices if index not in self._rows]
+        if new:
+            self._rows |= zip(new, self._network.outputs(self._samples[new]), strict=True)
+        return torch.stack([self._rows[index] for index in indices])
+
+
 def batches(samples: Array, size: int = BATCH) -> Iterator[Tensor]:
     """Yield the samples in order, as tensors."""
     for start in range(0, len(samples), size):
@@ -155,14 +171,15 @@ def parts(samples: int) -> int:
 
 
 def _as_read(
-    value: Tensor,
-    name: str,
-    steps: Mapping[str, Steps] | None,
-    offsets: Mapping[str, Tensor] | None,
+    value: Tensor, name: str, steps: Mapping[str, Steps] | None, offsets: Values | None
 ) -> Tensor:
     if steps is not None and name in steps:
         value = fake_quantise(value, steps[name])
-    return value if offsets is None else value + offsets[name]
+    if offsets is None:
+        return value
+    if name not in offsets:
+        offsets[name] = torch.zeros_like(value, requires_grad=True)
+    return value + offsets[name]
 
 
 def as_steps(held: Held) -> Steps:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from exporter.contracts import Advance, Progress, Statistics, silent
-from exporter.emulation import Step
+from exporter.emulation import Step, Values
 from exporter.quantisation.network import Network, batches, fake_quantise, is_cut_off, parts
 from exporter.records import Quantised
 from exporter.steps import Steps, reach
@@ -30,7 +30,6 @@ from exporter.steps import Steps, reach
 if TYPE_CHECKING:
     from exporter.records import Array
 
-_PROBES = 2  # signs drawn per sample
 _SEED = 0
 
 
@@ -56,7 +55,7 @@ def observe(
     network: Network, statistics: Statistics, samples: Array, *, progress: Progress = silent
 ) -> Observed:
     """Run the network backwards from each sample; the ranges are those of ``statistics``."""
-    with progress("int8: observe what an error costs", _PROBES * parts(len(samples))) as advance:
+    with progress("int8: observe what an error costs", parts(len(samples))) as advance:
         gain, behind = _gains(network, samples, advance)
     seen = {name: statistics[name] for name in network.tensors}
     return Observed(
@@ -84,10 +83,10 @@ def measured_error(
 ) -> dict[str, Tensor]:
     """Return what each tensor's candidates for its steps cost alone: ‖J·e‖² by sample.
 
-    The result is (candidates, samples · probes) float64, to first order.
+    The result is (candidates, samples) float64, to first order.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in candidates}
-    count = _PROBES * parts(len(samples))
+    count = parts(len(samples))
     with progress("int8: measure every tensor's thresholds", count) as advance:
         for probe in _probe(network, samples):
             with torch.inference_mode():
@@ -120,7 +119,7 @@ def describe(
     """
     read = {name: _Seen() for name in network.tensors}
     written = {layer.writes[0]: _Seen() for layer in network.layers}
-    with progress("int8: describe every tensor", _PROBES * parts(len(samples))) as advance:
+    with progress("int8: describe every tensor", parts(len(samples))) as advance:
         for probe in _probe(network, samples):
             with torch.inference_mode():
                 for name, stored in steps.items():
@@ -248,29 +247,23 @@ class _Probe(NamedTuple):
 
 
 def _probe(network: Network, samples: Array) -> Iterator[_Probe]:
-    """Yield every batch, once for each draw of signs."""
+    """Yield every batch, with signs drawn for each sample."""
     generator = torch.Generator().manual_seed(_SEED)
     outputs = [layer.writes[0] for layer in network.layers]
     inputs = [layer.reads[0] for layer in network.layers]
     watch = list(dict.fromkeys([*network.tensors, *outputs, *inputs]))
-    shapes = _shapes(network, samples[:1])
     for x in batches(samples):
-        leaves = {
-            name: torch.zeros(len(x), *shapes[name][1:], requires_grad=True)
-            for name in network.tensors
-        }
+        leaves: Values = {}
         with torch.enable_grad():
             found = network.run(x, offsets=leaves, watch=watch)
             y = found[network.output].flatten(1)
         values = {name: found[name].detach() for name in watch}
         wanted = [*leaves.values(), *(found[name] for name in outputs)]
-        for probe in range(_PROBES):
-            signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
-            more = probe + 1 < _PROBES
-            grads = torch.autograd.grad((y * signs).sum(), wanted, retain_graph=more)
-            read = dict(zip(leaves, grads, strict=False))
-            written = dict(zip(outputs, grads[len(leaves) :], strict=True))
-            yield _Probe(len(x), values, read, written)
+        signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
+        grads = torch.autograd.grad((y * signs).sum(), wanted)
+        read = dict(zip(leaves, grads, strict=False))
+        written = dict(zip(outputs, grads[len(leaves) :], strict=True))
+        yield _Probe(len(x), values, read, written)
 
 
 def _by_channel(x: Tensor) -> Tensor:

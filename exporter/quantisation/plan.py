@@ -26,11 +26,11 @@ from torch import Tensor
 from exporter.calibrators import CALIBRATORS, threshold
 from exporter.contracts import Progress, Statistics
 from exporter.digests import digests
-from exporter.quantisation.equalisation import equalise, factors
+from exporter.quantisation.equalisation import Factors, equalise
 from exporter.quantisation.folds import Folds
 from exporter.quantisation.groups import Groups
 from exporter.quantisation.judge import CUT_GAIN, Judge, costs_less, nearest_weights
-from exporter.quantisation.network import Network
+from exporter.quantisation.network import Network, Reference
 from exporter.quantisation.observe import Observed, describe, measured_error, observe, peak
 from exporter.quantisation.repair import Repaired, affordable, repair, rounded
 from exporter.records import Quantised, Repair
@@ -49,7 +49,7 @@ _JUDGED = 32  # samples that every choice but the first is judged on; a quarter,
 _PROBED = 16  # samples that are run backwards
 _DESCRIBED = 8  # samples that the result is described on
 _FITTED = 32  # samples that weights and biases are fitted to
-_COUNTED = 32  # samples whose magnitudes are counted anew where channels were divided
+_COUNTED = 16  # samples whose magnitudes are counted anew where channels were divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +101,16 @@ def make_plan(
     chosen = _in_order(samples)
     judged = min(_JUDGED, len(chosen) // 4)
     held, fit = chosen[:judged], chosen[judged:]
-    judge = Judge(held)
+    reference = Reference(network, chosen)
+    judge = Judge(held, reference.outputs(range(judged)))
     observed = observe(network, statistics, chosen[:_PROBED], progress=progress)
     state = _State(network, statistics, {}, {}, 1.0)
     state = replace(state, steps=state.largest())
     judge.first(network, state.steps)
     if switches.equalise:
         counted = chosen[:_COUNTED] if switches.calibrator in ("auto", "max") else samples
-        state = _equalised(state, observed, chosen, judge, partial(recalibrate, counted), progress)
+        again = partial(recalibrate, counted)
+        state = _equalised(state, observed, chosen, reference, judge, again, progress)
     state = _thresholds(state, switches, held[:_PROBED], judge, progress)
     return _repaired(state, observed, fit, switches, judge, progress)
 
@@ -136,6 +138,7 @@ def _equalised(
     state: _State,
     observed: Observed,
     samples: Array,
+    reference: Reference,
     judge: Judge,
     recalibrate: Callable[[onnx.ModelProto, Mapping[str, Array]], Statistics],
     progress: Progress,
@@ -145,7 +148,8 @@ def _equalised(
     if not any(groups.of(name) for name in network.tensors):
         judge.skips("equalise", "no tensor can be scaled by channel")
         return state
-    folds = Folds(network, observed, samples, groups)
+    factors = Factors(network, observed, groups)
+    folds = Folds(network, observed, samples, groups, factors, reference)
     norm, headroom = folds.best(progress)
     if norm is None and headroom == 1:
         judge.skips("equalise", "no factors were better on the folds they were not taken from")
@@ -158,7 +162,7 @@ def _equalised(
             name: peak(network, name, low.amin(dim=0), observed.high[name].amax(dim=0))
             for name, low in observed.low.items()
         }
-        by_group = factors(network, observed, peaks, groups, norm)
+        by_group = factors.best(peaks, norm)
         model, divisors = equalise(network, groups, by_group, observed.shapes)
         statistics = recalibrate(model, {n: s.numpy() for n, s in divisors.items()})
         names = [layer.name for layer in network.layers]

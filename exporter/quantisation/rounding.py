@@ -17,7 +17,7 @@ Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch.nn import functional
 from exporter.emulation import Step
 from exporter.emulation.operators import along
 from exporter.steps import OF_ZEROS, Steps
+
+if TYPE_CHECKING:
+    from exporter.records import Array
 
 LIMIT = 127
 _COLUMNS = 6144
@@ -75,22 +78,27 @@ def second_order(
         zeros[:] = zero.repeat_interleave(taps).reshape(count, -1) if zero.ndim else zero
         pad = 0 if zero.ndim else -int(zero)
         inputs = (inputs / steps.width).round_().sub_(along(zero, inputs, 1)).to(torch.int8)
-    parts = [
-        torch.cat(
-            [
-                _round(part, _second_moment(read, zero), by_row[group])
-                for part, read, zero in zip(
-                    torch.split(rows[group], _TOGETHER, dim=1),
-                    torch.split(columns, _TOGETHER),
-                    torch.split(zeros[group], _TOGETHER),
-                    strict=True,
-                )
-            ],
-            dim=1,
+    read = _columns(step, weights, inputs, count, seed, pad)
+    systems = [
+        _System(part, _second_moment(x, zero), by_row[group])
+        for group, columns in enumerate(read)
+        for part, x, zero in zip(
+            torch.split(rows[group], _TOGETHER, dim=1),
+            torch.split(columns, _TOGETHER),
+            torch.split(zeros[group], _TOGETHER),
+            strict=True,
         )
-        for group, columns in enumerate(_columns(step, weights, inputs, count, seed, pad))
     ]
-    return torch.cat(parts).reshape(weights.shape)
+    found = torch.cat(_rounded(systems), dim=1).reshape(each, count, -1)
+    return found.transpose(0, 1).reshape(weights.shape)
+
+
+class _System(NamedTuple):
+    """Weights (O, K) of scales (O, 1) that make up for one another, and the H (K, K) they read."""
+
+    weights: Tensor
+    second_moment: Tensor
+    scales: Tensor
 
 
 def _second_moment(columns: Tensor, zero: Tensor) -> Tensor:
@@ -102,37 +110,53 @@ def _second_moment(columns: Tensor, zero: Tensor) -> Tensor:
         return columns @ columns.T
     product = torch._int_mm(columns, columns.T).double()  # noqa: SLF001 # torch has no other product of whole numbers
     if zero.any():
-        across = torch.outer(zero, columns.sum(dim=1, dtype=torch.float64))
-        product += across + across.T + torch.outer(zero, zero) * columns.shape[1]
+        half = columns.sum(dim=1, dtype=torch.float64) + zero * (columns.shape[1] / 2)
+        product.addr_(zero, half).addr_(half, zero)
     return product.float()
 
 
-def _round(weights: Tensor, second_moment: Tensor, scales: Tensor) -> Tensor:
-    """Return whole numbers, (O, K), of the scales (O, 1)."""
+def _rounded(systems: list[_System]) -> list[Tensor]:
+    """Return whole numbers, (O, K), for each system; those of one shape are rounded together."""
+    found: dict[int, Tensor] = {}
+    alike: dict[torch.Size, list[int]] = {}
+    for index, system in enumerate(systems):
+        alike.setdefault(system.weights.shape, []).append(index)
+    for indices in alike.values():
+        together = _round([systems[index] for index in indices])
+        found.update(zip(indices, together, strict=True))
+    return [found[index] for index in range(len(systems))]
+
+
+def _round(systems: list[_System]) -> Tensor:
+    """Return whole numbers, (systems, O, K), of systems of one shape."""
     import numpy as np
 
-    order = torch.argsort(second_moment.diagonal(), stable=True)
-    root = _root(second_moment[order][:, order])
-    if root is None:
-        return nearest(weights, scales)
-    factor = root.numpy()
-    exact = np.ascontiguousarray(weights[:, order].numpy().T)
-    step = scales[:, 0].numpy()
-    rounded, errors, owed = (np.zeros_like(exact) for _ in range(3))
-    for start, stop, inner in _blocks(len(exact)):
-        behind = slice(stop, None if inner is None else inner)
-        if len(errors[behind]):
-            owed[start:stop] += factor[behind, start:stop].T @ errors[behind]
+    orders, factors, weights = [], [], []
+    for system in systems:
+        order = torch.argsort(system.second_moment.diagonal(), stable=True)
+        orders.append(order)
+        factors.append(_root(system.second_moment[order][:, order]))
+        weights.append((system.weights / system.scales)[:, order].T.numpy())
+    factor, exact = np.stack(factors), np.stack(weights)  # of (K, K), and of (K, O) in steps
+    errors, owed = (np.zeros_like(exact) for _ in range(2))
+    for start, stop, inner in _blocks(exact.shape[1]):
+        behind = slice(stop, inner)
+        if errors[:, behind].size:
+            owing = factor[:, behind, start:stop].transpose(0, 2, 1)
+            owed[:, start:stop] += owing @ errors[:, behind]
         if inner is None:
             continue
         for i in range(stop - 1, start - 1, -1):
-            w = exact[i]
-            q = np.rint((w + owed[i] / factor[i, i]) / step).clip(-LIMIT, LIMIT)
-            rounded[i] = q
-            errors[i] = w - q * step
-            owed[start:i] += factor[i, start:i, None] * errors[i]
-    back = torch.argsort(order)
-    return torch.from_numpy(rounded)[back].T.contiguous()
+            w = exact[:, i]
+            q = np.rint(w + owed[:, i])
+            np.minimum(np.maximum(q, -LIMIT, out=q), LIMIT, out=q)
+            errors[:, i] = w - q
+            owed[:, start:i] += factor[:, i, start:i, None] * errors[:, i, None]
+    whole = np.rint(exact - errors)
+    found = torch.empty(len(systems), *systems[0].weights.shape)
+    for index, order in enumerate(orders):
+        found[index, :, order] = torch.from_numpy(whole[index].T)
+    return found
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int, int | None]]:
@@ -148,18 +172,19 @@ def _blocks(count: int) -> Iterator[tuple[int, int, int | None]]:
             yield max(stop - _PART, first), stop, end
 
 
-def _root(matrix: Tensor) -> Tensor | None:
-    """Return the lower C with C·Cᵀ = H, H damped until it has one; None for a zero matrix."""
-    mean = float(matrix.diagonal().mean())
-    if not mean > 0:
-        return None
+def _root(matrix: Tensor) -> Array:
+    """Return the lower C with C·Cᵀ = H, each column over its diagonal; the identity for zeros.
+
+    H is damped until it has one.
+    """
     eye = torch.eye(len(matrix))
-    for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
+    mean = float(matrix.diagonal().mean())
+    for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING) if mean > 0 else ():
         root, info = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
         if not info:
-            found: Tensor = root
+            found: Array = (root / root.diagonal()).numpy()
             return found
-    return None
+    return eye.numpy()
 
 
 def _columns(

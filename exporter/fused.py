@@ -32,7 +32,7 @@ class FusedNetwork(nn.Module):
         self.network = network
         self.normalise = _normalising(channels, before) if before.fuse else None
         self.channels_last = before.fuse == "nhwc"
-        self.turned = channels == 3 and before.fuse is not None and before.is_turned
+        self.turned = before.fuse is not None and before.is_turned
         self.softmax = after.softmax
         self.eval()
 
@@ -52,7 +52,8 @@ def fuse(
     """Return the network with what the profile fuses, and the input that it then has.
 
     ``spec`` is the network's own input, (C, H, W) float32. Raises `InputRefused` for an input that
-    is no picture, for mean and std of another number of channels, and for a softmax of one class.
+    is no picture, for mean and std of another number of channels, for an order of channels that are
+    not three, and for a softmax of one class.
     """
     if after.softmax and prod(output.shape) < 2:
         raise InputRefused(
@@ -64,6 +65,11 @@ def fuse(
     if len(spec.shape) != 3:
         found = " × ".join(map(str, spec.shape))
         raise InputRefused(f"preprocess.fuse is of pictures, and the input is {found}")
+    if before.is_turned and spec.shape[0] != 3:
+        raise InputRefused(
+            f"preprocess.input_order is not preprocess.order, and {spec.shape[0]} channels have no "
+            "other way round"
+        )
     check_scale_said(spec.shape, before)
     fused = FusedNetwork(network, spec.shape[0], before, after)
     return fused, TensorSpec(spec.name, before.laid_out(spec.shape), "uint8")

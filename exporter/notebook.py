@@ -48,7 +48,7 @@ class Exported:
         """Return an artefact to open with ``with``; called with a feed it gives the outputs.
 
         Without names it is the first that runs here. A feed has the inputs by name, ``{"input":
-        array}``, (N, C, H, W) float32, and so have the outputs.
+        array}``, in the shape and type of `report.source.input`, and so have the outputs.
 
         Raises `UnknownName` if there is no such artefact, `BuildError` for one that could not be
         made, `RuntimeMissing` for one that cannot run here, and `GraphError` for a file that is

@@ -393,6 +393,22 @@ def test_what_makes_no_sense_for_a_network_is_refused():
         fuse(make(), TensorSpec("input", (7,)), OUTPUT, settings().preprocess, Postprocess())
 
 
+def test_channels_that_are_not_three_have_no_other_order():
+    grey = settings("nchw", "bgr", **{"preprocess.mean": [0.5], "preprocess.std": [0.2]})
+    with refused(InputRefused, "and 1 channels have no other way round", hint=None):
+        fuse(
+            Net(channels=1), TensorSpec("input", (1, 8, 8)), OUTPUT, grey.preprocess, Postprocess()
+        )
+
+
+def test_a_roofline_runs_it_on_pixels(made):
+    from exporter.plugins import load_runtime
+
+    runtime = load_runtime("ort-cpu", {"threads": 1})
+    _, kernels = runtime.kernels(made.folder / "net.fp32.onnx", batch=2, runs=2, warmup=1)
+    assert sum("Conv" in kernel.op for kernel in kernels) == 2
+
+
 def test_the_network_itself_is_as_it_was():
     net = make()
     model = live_model(net, SPEC.shape)

@@ -463,7 +463,7 @@ def test_the_same_samples_are_judged_on_wherever_they_lie(data, tmp_path):
         (lambda x, y: (x, y + 1), "labels of 1 to 4, and the network's outputs are 0 to 3", None),
         (lambda x, y: x.permute(0, 2, 3, 1), "found (80, 12, 12, 3)", "transpose(0, 3, 1, 2)"),
         (lambda x, y: x.double(), "found (80, 3, 12, 12) float64", "astype"),
-        (lambda x, y: x.bfloat16(), "the data in memory raised TypeError", "--debug"),
+        (lambda x, y: x.bfloat16(), "the data in memory raised TypeError", "float32"),
         (lambda x, y: x / 0, "sample 0 holds values that are NaN or infinite", None),
         (lambda x, y: x[:0], "no samples in it", None),
         (lambda x, y: [x, y], "the samples must be (N, 3, 12, 12)", None),
@@ -529,9 +529,9 @@ def test_it_is_one_line_of_text_and_a_page_that_fetches_nothing(made):
     assert set(page.tags) <= {"div", "p", "b", "span", "table", "tr", "th", "td"}
     assert {name for name, _ in page.attributes} == {"style"}
     assert not any(re.search(r"url|@|//", value or "") for _, value in page.attributes)
-    for said in ("net", "pass", "fp32 on ort-cpu", "not checked", str(made.folder / "report.md")):
+    reasons = {artefact.not_run for artefact in made.report.artefacts if artefact.not_run}
+    for said in ("net", "pass", "fp32 on ort-cpu", str(made.folder / "report.md"), *reasons):
         assert any(said in shown for shown in page.shown), said
-    assert any("no NVIDIA GPU" in shown for shown in page.shown) or "fail" not in page.shown
     assert made._repr_markdown_().startswith("# net: PASS\n")
     assert "| int8 on ort-cpu |" in made._repr_markdown_()
 

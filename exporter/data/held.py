@@ -30,7 +30,7 @@ class Items(Protocol):
 
 def gather_held(held: Items, asked: Asked) -> Gathered:
     """Return what a program holds as samples. Raises `InputRefused`."""
-    with refusing(f"{_NAME} raised"):
+    with refusing(f"{_NAME} raised", hint="give float32 or uint8 arrays, (N, C, H, W)"):
         rows, labels = stored(held, _NAME)
     return gather(_NAME, "in memory", rows, labels, asked)
 

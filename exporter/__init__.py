@@ -8,6 +8,10 @@
     exporter.check_bundle(Path("build")).raise_for_parity()
     exporter.bench_bundles([Path("build")])
 
+A module that a program holds, say in a notebook, in one call:
+
+    exporter.export(module, torch.zeros(1, 3, 224, 224), data=(images, labels))
+
 Or stage by stage, each a function: `fold_batchnorm`, `export_onnx`, `calibrate`, a precision's
 ``convert``, a runtime's ``build`` and ``open``, `collect_outputs`, `compare_outputs`,
 `measure_latency`, `count_flops`. And beside it: `compare_networks`, `check_claims`.
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from exporter.flops import count_flops, count_module
     from exporter.fold import fold_batchnorm
     from exporter.latency import measure_latency
+    from exporter.notebook import Exported, export
     from exporter.parity import collect_outputs, compare_outputs
     from exporter.pipeline import run
     from exporter.plugins import load_model, load_precision, load_runtime
@@ -57,6 +62,7 @@ _HOME = {
     "BenchAsked": "records",
     "Budget": "records",
     "ExportError": "errors",
+    "Exported": "notebook",
     "OnnxModel": "records",
     "ParityError": "errors",
     "Profile": "profile",
@@ -75,6 +81,7 @@ _HOME = {
     "compare_outputs": "parity",
     "count_flops": "flops",
     "count_module": "flops",
+    "export": "notebook",
     "export_onnx": "to_onnx",
     "fold_batchnorm": "fold",
     "load_factory": "factories",
@@ -93,6 +100,7 @@ __all__ = [
     "BenchAsked",
     "Budget",
     "ExportError",
+    "Exported",
     "OnnxModel",
     "ParityError",
     "Profile",
@@ -112,6 +120,7 @@ __all__ = [
     "compare_outputs",
     "count_flops",
     "count_module",
+    "export",
     "export_onnx",
     "fold_batchnorm",
     "load_factory",

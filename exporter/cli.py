@@ -477,18 +477,11 @@ def _bars() -> Iterator[Progress]:
         yield _line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    from exporter.bars import bars
 
-        @contextmanager
-        def bar(what: str, total: int | None = None) -> Iterator[Advance]:
-            task = bars.add_task(what, total=total)
-            yield lambda: bars.advance(task)
-            bars.update(task, total=total or 1, completed=total or 1)
-
-        yield bar
+    with bars(Console(stderr=True)) as progress:
+        yield progress
 
 
 @contextmanager

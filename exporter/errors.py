@@ -1,6 +1,7 @@
 """Everything this package raises on purpose, and the exit code the command gives it.
 
-    ExportError            str(error) is one sentence fit to show a user; .hint says what to type
+    ExportError            str(error) is one sentence fit to show a user; .hint says what to type,
+    │                      and stands below a traceback
     ├── ProfileError    2  a profile, or an option that overrides it, says something unreadable
     ├── UnknownName     2  no such model, precision, runtime, target or profile
     ├── InputRefused    3  weights, calibration data or an input shape that cannot be used
@@ -31,6 +32,8 @@ class ExportError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"Hint: {hint}")
 
 
 class ProfileError(ExportError):

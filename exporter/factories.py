@@ -2,7 +2,8 @@
 
 The words come from a command line, or from a program that calls `load_factory`; nothing that was
 read from a file is ever given to it. The factory is called once, with keyword arguments, and its
-network runs once on zeros: what it gives says which outputs there are, and of which shapes.
+network runs once on zeros: what it gives says which outputs there are, and of which shapes. One
+that a program gives as a module (`exporter.live`) is a `Model` beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BATCH = 2
+_HINT = "--input says what it takes, several inputs as --input NAME=CxHxW each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,27 @@ class FactoryModel:
     data: str
     network: nn.Module = field(repr=False)
     more_inputs: tuple[TensorSpec, ...] = ()
+    more_outputs: tuple[TensorSpec, ...] = ()
+    weights: None = None
+
+    def module(self) -> nn.Module:
+        return deepcopy(self.network)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenModel:
+    """What a program gave, copied; ``kind`` is its class, ``changes`` what the copy has otherwise.
+
+    ``name`` is the network's in the report and in the names of its files.
+    """
+
+    name: str
+    kind: str
+    input: TensorSpec
+    output: TensorSpec
+    data: str
+    changes: tuple[str, ...]
+    network: nn.Module = field(repr=False)
     more_outputs: tuple[TensorSpec, ...] = ()
     weights: None = None
 
@@ -75,7 +98,7 @@ def load_factory(
     _check_network(network, said)
     specs = _inputs(network, input_shape, said)
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-    output, *more = _outputs(network.eval(), specs, said)
+    output, *more = outputs_of_network(network.eval(), specs, said, hint=_HINT)
     return FactoryModel(
         name=attribute.rpartition(".")[2],
         code=f"{said}({given})",
@@ -87,6 +110,26 @@ def load_factory(
         more_inputs=specs[1:],
         more_outputs=tuple(more),
     )
+
+
+def outputs_of_network(
+    network: nn.Module, inputs: Sequence[TensorSpec], said: str, *, hint: str | None = None
+) -> tuple[TensorSpec, ...]:
+    """Return what a network in eval mode gives for its inputs, in its order.
+
+    It runs once, on zeros. Raises `InputRefused` where it raises anything, with that hint, or gives
+    what `check_outputs` refuses.
+    """
+    import torch
+
+    shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
+    if min(size for spec in inputs for size in spec.shape) < 1:
+        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
+    several = "one input" if len(inputs) == 1 else f"{len(inputs)} inputs"
+    taking = refusing(f"{said} cannot take {several} of {shape}:", hint=hint)
+    with taking, torch.inference_mode():
+        found = network(*(torch.zeros(_BATCH, *spec.shape) for spec in inputs))
+    return check_outputs(found, name=said, batch=_BATCH, taken=[spec.name for spec in inputs])
 
 
 # ── Its arguments ───────────────────────────────────────────────────────────────────
@@ -165,20 +208,3 @@ def _inputs(
             hint="give the first of these, each as --input NAME=CxHxW",
         )
     return tuple(TensorSpec(name, shape[name]) for name in taken[: len(shape)])
-
-
-def _outputs(network: nn.Module, inputs: Sequence[TensorSpec], said: str) -> tuple[TensorSpec, ...]:
-    """Return the network's outputs. Raises `InputRefused`."""
-    import torch
-
-    shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
-    if min(size for spec in inputs for size in spec.shape) < 1:
-        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
-    several = "one input" if len(inputs) == 1 else f"{len(inputs)} inputs"
-    taking = refusing(
-        f"{said} cannot take {several} of {shape}:",
-        hint="--input says what it takes, several inputs as --input NAME=CxHxW each",
-    )
-    with taking, torch.inference_mode():
-        found = network(*(torch.zeros(_BATCH, *spec.shape) for spec in inputs))
-    return check_outputs(found, name=said, batch=_BATCH, taken=[spec.name for spec in inputs])

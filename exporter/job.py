@@ -27,10 +27,17 @@ from exporter.contracts import (
     inputs_of,
     outputs_of,
 )
-from exporter.data import DataSet, choose_calibration, open_data, shared_samples
+from exporter.data import (
+    Data,
+    DataSet,
+    choose_calibration,
+    is_built_in,
+    open_data,
+    shared_samples,
+)
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
-from exporter.network import Network, code_of
+from exporter.network import Network, code_of, kind_of
 from exporter.packing import packed_shape, unpack
 from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
@@ -93,16 +100,16 @@ class Job:
         *,
         weights: Path | Initial | None,
         input_shape: tuple[int, ...] | None,
-        calibration: Array | Path | str | None,
+        calibration: Data | None,
         progress: Progress,
-        data: Path | str | None = None,
+        data: Data | None = None,
         classes: int | None = None,
         builds: bool = True,
         allow_overlap: bool = False,
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        ``data`` and ``calibration`` name what `exporter.data` takes, in place of the model's own. A
+        ``data`` and ``calibration`` are what `exporter.data` takes, in place of the model's own. A
         job that ``builds`` nothing needs no runtime that could. Calibration samples that are among
         those it is judged on are refused unless ``allow_overlap``.
         """
@@ -113,9 +120,10 @@ class Job:
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         first = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         inputs = (first, *inputs_of(chosen)[1:])
-        _check_memory(inputs, profile, own=data is None or str(data) in samples.SPLITS)
+        _check_memory(inputs, profile, own=data is None or is_built_in(data))
         module, origin, loaded = network.build(weights)
         network.check(module, inputs)
+        module, inputs = _fused(module, inputs, outputs_of(chosen), profile)
         needed = any(precision.needs_calibration for precision in precisions.values())
         specs = outputs_of(chosen)
         labelled = classification(specs)
@@ -148,9 +156,7 @@ class Job:
             runtimes=runtimes,
             data=dataset,
             held_out=held_out,
-            noise=samples.noise(
-                packed_shape(inputs), count=profile.parity.random, seed=profile.parity.seed
-            ),
+            noise=_noise(inputs, profile),
             calibration=calibrating,
             stages=stages,
             overlap=shared,
@@ -241,6 +247,11 @@ class Job:
         untrained = not self.loaded.format and self.weights.startswith("random")
         doubts = [_UNTRAINED.format(self.weights)] if untrained else []
         doubts += self.data.record.doubts if self.data.record else ()
+        if kind_of(self.model) and self.data.record is None:
+            doubts.append(
+                f"no data were given, and the {self.held_out.origin} that it is judged on may be "
+                "nothing that the network was made for"
+            )
         if self.labelled is None:
             doubts.append(
                 "accuracy is not checked, and no gate on it: " + _why_unlabelled(self.output_specs)
@@ -290,6 +301,7 @@ class Job:
             factory=code_of(self.model),
             more_outputs=self.output_specs[1:],
             more_inputs=self.input_specs[1:],
+            given=kind_of(self.model),
         )
 
 
@@ -309,6 +321,24 @@ def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
                 hint=remedy(name, reason),
             )
     return runtimes
+
+
+def _fused(
+    module: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    profile: Profile,
+) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
+    """Return the network with what the profile fuses, and the inputs that it then has."""
+    from exporter.fused import fuse
+
+    return fuse(module, inputs, outputs, profile.preprocess, profile.postprocess)
+
+
+def _noise(inputs: tuple[TensorSpec, ...], profile: Profile) -> Array:
+    asked = profile.parity
+    kind = inputs[0].dtype  # several are all float32
+    return samples.noise(packed_shape(inputs), count=asked.random, seed=asked.seed, dtype=kind)
 
 
 def _overlapping(calibration: Samples, held_out: Samples, shared: tuple[int, ...]) -> InputRefused:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from exporter.checkpoints import read_checkpoint
 from exporter.contracts import Model, outputs_of
 from exporter.errors import InputRefused
-from exporter.factories import FactoryModel
+from exporter.factories import FactoryModel, GivenModel
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.outputs import check_outputs
 from exporter.plugins import load_model
@@ -47,13 +47,14 @@ class Network(NamedTuple):
             chosen = load_model(model, input_shape=input_shape, classes=classes, args=args)
             return cls(model, chosen)
         is_made = isinstance(model, FactoryModel)
-        name = model.name if isinstance(model, FactoryModel) else type(model).__name__.lower()
+        own = model if isinstance(model, FactoryModel | GivenModel) else None
+        name = own.name if own else type(model).__name__.lower()
         if args != (model.args if isinstance(model, FactoryModel) else {}):
             raise InputRefused(
                 f"{name} is not built with the profile's model.args",
                 hint="build it with them, or leave them out",
             )
-        if input_shape and is_made and input_shape != model.input.shape:
+        if input_shape and own and input_shape != model.input.shape:
             wanted, found = (" × ".join(map(str, s)) for s in (input_shape, model.input.shape))
             raise InputRefused(f"{name} was made for an input of {found}, not {wanted}")
         if classes is not None and model.output.shape != (classes,):
@@ -72,6 +73,8 @@ class Network(NamedTuple):
         where there are no weights, or they do not fit.
         """
         code = code_of(self.model)
+        if isinstance(self.model, GivenModel) and not isinstance(weights, Path):
+            return self._as_given(self.model, weights)
         if weights is None and self.model.weights is None:
             other = "factory keeps those that it made" if code else "random takes untrained ones"
             raise InputRefused(
@@ -96,14 +99,26 @@ class Network(NamedTuple):
         loaded = fit_weights(module, checkpoint)
         return module, path.name.encode(errors="replace").decode(), loaded  # names may be any bytes
 
+    def _as_given(
+        self, model: GivenModel, weights: Initial | None
+    ) -> tuple[nn.Module, str, Loaded]:
+        if weights is not None:
+            raise InputRefused(
+                f"{self.name} is a module that was given, so that there are no {weights} weights",
+                hint="leave the weights out, and it keeps its own",
+            )
+        module = model.module()
+        loaded = Loaded(digest(module, name=self.name), "in memory", model.changes)
+        return module, f"as {model.kind} held them", loaded
+
     def check(self, module: nn.Module, inputs: Sequence[TensorSpec]) -> None:
         """Raise `InputRefused` unless it makes the outputs of the inputs.
 
-        On torch's meta device, for free; what a factory made has run for real already.
+        On torch's meta device, for free; what a factory made or a program gave has run already.
         """
         import torch
 
-        if isinstance(self.model, FactoryModel):
+        if isinstance(self.model, FactoryModel | GivenModel):
             return
         shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
         if min(size for spec in inputs for size in spec.shape) < 1:
@@ -129,3 +144,8 @@ class Network(NamedTuple):
 def code_of(model: Model) -> str | None:
     """Return the factory that made it, and with what, or None for a network that none made."""
     return model.code if isinstance(model, FactoryModel) else None
+
+
+def kind_of(model: Model) -> str | None:
+    """Return the class of the module that a program gave, or None for a network that none did."""
+    return model.kind if isinstance(model, GivenModel) else None

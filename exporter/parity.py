@@ -85,21 +85,30 @@ def check_same_interface(
 ) -> None:
     """Raise `GraphError` unless a graph declares the reference's inputs and outputs, and no others.
 
-    The batch axis may be free or fixed, and the type must be one of ``dtypes``; ``name`` is what
-    the error calls the graph.
+    The batch axis may be free or fixed, and the type must be one of ``dtypes`` where the reference
+    has float32; ``name`` is what the error calls the graph.
     """
     stored = {tensor.name for tensor in graph.initializer}
     taken = [value for value in graph.input if value.name not in stored]
     inputs, outputs = (input, *more_inputs), (output, *more_outputs)
     for verb, values, specs in (("takes", taken, inputs), ("gives", graph.output, outputs)):
         found = " and ".join(_declared(value) for value in values) or "nothing"
-        if found not in {_asked(specs, dtype) for dtype in dtypes}:
+        wanted = {_asked(specs, dtype) for dtype in dtypes}
+        if found not in wanted:
             reference = _asked(specs, " or ".join(dtypes))
             raise GraphError(f"{name} {verb} {found}, and the reference {verb} {reference}")
 
 
 def _asked(specs: Iterable[TensorSpec], dtype: str) -> str:
-    return " and ".join(_named(spec.name, ("N", *map(str, spec.shape)), dtype) for spec in specs)
+    """Return what a reference has in words, in that type where it has float32."""
+    return " and ".join(
+        _named(
+            spec.name,
+            ("N", *map(str, spec.shape)),
+            dtype if spec.dtype == "float32" else spec.dtype,
+        )
+        for spec in specs
+    )
 
 
 def _declared(value: onnx.ValueInfoProto) -> str:

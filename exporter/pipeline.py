@@ -24,6 +24,7 @@ import msgspec
 from exporter import environment
 from exporter.bundle import new_bundle, write_manifest
 from exporter.contracts import Model, Progress, Runtime, Session, silent
+from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.fold import Folded, fold_batchnorm
@@ -36,7 +37,6 @@ from exporter.parity import compare_outputs
 from exporter.profile import Profile
 from exporter.records import (
     SCHEMA,
-    Array,
     Artefact,
     File,
     FoldRecord,
@@ -65,8 +65,8 @@ def run(
     weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
-    calibration: Array | Path | str | None = None,
-    data: Path | str | None = None,
+    calibration: Data | None = None,
+    data: Data | None = None,
     allow_overlap: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -75,10 +75,10 @@ def run(
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
     ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
     those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number,
-    ``data`` its own samples by any that `exporter.data` takes, and ``calibration``, such data or an
-    array (N, C, H, W) float32, the draw from those; samples that the result is judged on are
-    refused there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle
-    ``out`` is written whole or not at all.
+    ``data`` its own samples by any that `exporter.data` takes, in words or in memory, and
+    ``calibration``, such data or one array (N, C, H, W) float32, the draw from those; samples that
+    the result is judged on are refused there unless ``allow_overlap``. Words with a colon name
+    code, which is run. The bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from

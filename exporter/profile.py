@@ -25,6 +25,7 @@ from exporter.records import (
     Calibration,
     DataChoice,
     ParityInputs,
+    Postprocess,
     Preprocess,
     Range,
     Ranges,
@@ -67,6 +68,7 @@ class Profile(Asked, frozen=True):
     calibration: Calibration = Calibration()
     data: DataChoice = DataChoice()
     preprocess: Preprocess = Preprocess()
+    postprocess: Postprocess = Postprocess()
     opset: int = 20
     model: ModelChoice = ModelChoice()
 

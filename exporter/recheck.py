@@ -15,10 +15,12 @@ from typing import Any
 
 import msgspec
 import onnx
+from torch import nn
 
 from exporter import environment
 from exporter.bundle import extended_bundle
 from exporter.contracts import Converted, Model, Progress, Session, silent
+from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, load_factory
@@ -27,11 +29,12 @@ from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
+from exporter.live import live_model
 from exporter.onnx_files import check_onnx
 from exporter.packing import unpack
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, Report, TensorSpec, Variant
+from exporter.records import Artefact, Report, TensorSpec, Variant
 from exporter.reference import TorchSession
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
@@ -43,10 +46,10 @@ _WORST = "worst-case"
 def check_bundle(
     folder: Path,
     *,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     weights: Path | Initial | None = None,
-    calibration: Array | Path | str | None = None,
-    data: Path | str | None = None,
+    calibration: Data | None = None,
+    data: Data | None = None,
     allow_overlap: bool = False,
     search: Search | None = None,
     progress: Progress = silent,
@@ -54,10 +57,11 @@ def check_bundle(
     """Return the bundle's report with parity and fidelity measured anew.
 
     ``model``, ``weights``, ``calibration``, ``data`` and ``allow_overlap`` are what the bundle was
-    exported with, where they were not the built-in ones; code that made the network is never taken
-    from the bundle. The result has no latencies. Nothing is written, but that with ``search`` the
-    worst inputs found for each artefact go into the bundle, as ``worst-case/<artefact>.npy``, and
-    what they show into ``worst-case/record.json``.
+    exported with, where they were not the built-in ones; a network that was given as a module is
+    given as one again, and code that made one is never taken from the bundle. The result has no
+    latencies. Nothing is written, but that with ``search`` the worst inputs found for each artefact
+    go into the bundle, as ``worst-case/<artefact>.npy``, and what they show into
+    ``worst-case/record.json``.
 
     Raises `InputRefused` if the folder is not a bundle, or the weights or the calibration data are
     not those it was made from; otherwise as `exporter.run`. A file that cannot be loaded or has
@@ -70,11 +74,22 @@ def check_bundle(
             "not run code",
             hint="name the factory with --model, as package.module:factory or file.py:factory",
         )
+    if before.source.given and model is None:
+        raise InputRefused(
+            f"the bundle's network was given in memory, as a {before.source.given}, and the bundle "
+            "does not hold it",
+            hint="name a factory that makes it with --model, or call exporter.check_bundle(folder, "
+            "model=module)",
+        )
+    profile = load_profile(folder / "profile.toml")
+    shape = profile.preprocess.channels_first(before.source.input.shape)
+    if isinstance(model, nn.Module):
+        model = live_model(model, shape, name=before.source.model)
     job = Job.resolve(
         model or before.source.model,
-        load_profile(folder / "profile.toml"),
+        profile,
         weights=weights,
-        input_shape=None if before.source.more_inputs else before.source.input.shape,
+        input_shape=None if before.source.more_inputs else shape,
         classes=_classes(before),
         calibration=calibration,
         data=data,
@@ -125,8 +140,9 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     """
     _, before = read_bundle(folder)
     profile = load_profile(folder / "profile.toml")
+    shape = profile.preprocess.channels_first(before.source.input.shape)
     inputs = {spec.name: spec.shape for spec in before.source.inputs}
-    asked = inputs if len(inputs) > 1 else before.source.input.shape
+    asked = inputs if len(inputs) > 1 else shape
     return load_factory(code, profile.model.args, input_shape=asked)
 
 
@@ -257,6 +273,10 @@ def _search(
     """Look for the input on which an artefact disagrees most. Raises `GraphError`."""
     job, source = bundle.job, bundle.ladder.source.emulator
     surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
+    if job.input_specs[0].dtype != "float32":
+        raise GraphError(
+            "no worst case can be searched for: it is found by gradients, and pixels have none"
+        )
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
     truth = TorchSession.of(job.module, *job.output_names, double=True)

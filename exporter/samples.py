@@ -80,11 +80,24 @@ def load_split(data: str, shape: tuple[int, ...], split: Split) -> Samples:
     return SPLITS[data](shape, split)
 
 
-def noise(shape: tuple[int, ...], *, count: int, seed: int) -> Array:
-    """Return ``count`` samples of unit-normal noise, (count, *shape) float32, from a seed."""
+def pixels(inputs: Array) -> Array:
+    """Return digits as what they were made from: pixels of 0 to 255, rounded to uint8."""
     import numpy as np
 
-    return np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
+    return np.rint((inputs * STD + MEAN) * 255).clip(0, 255).astype(np.uint8)
+
+
+def noise(shape: tuple[int, ...], *, count: int, seed: int, dtype: str = "float32") -> Array:
+    """Return ``count`` samples of noise, (count, *shape), from a seed.
+
+    It is unit-normal in float32, and of all values alike in uint8.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    if dtype == "uint8":
+        return generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+    return generator.standard_normal((count, *shape), dtype=np.float32)
 
 
 def draw(samples: Samples, *, count: int, seed: int) -> Samples:
@@ -142,7 +155,9 @@ def check_calibration(array: Array, spec: TensorSpec, *, origin: str) -> Array:
     if array.dtype != spec.dtype:
         raise InputRefused(
             f"{origin}: calibration data must be {wanted}, found {found}",
-            hint=f"convert it with array.astype(numpy.{spec.dtype})",
+            hint=f"convert it with array.astype(numpy.{spec.dtype})"
+            if spec.dtype == "float32"
+            else "give the pixels, of 0 to 255: the graph normalises them",
         )
     if not len(array):
         raise InputRefused(f"{origin}: calibration data is empty")

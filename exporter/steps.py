@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["signed", "unsigned", "tensor", "channel"]
 
 LOW, HIGH, UNSIGNED = -128, 127, 255
+OF_ZEROS = 2.0**-8  # a scale for weights that are all 0, where no other is there to go by
 _WORTH = 0.9  # of the width of signed steps
 _MARGIN = 6.0  # over the number of samples
 

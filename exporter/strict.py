@@ -52,7 +52,7 @@ def _explain(cls: type[T], table: Mapping[str, Any], where: str, said: str) -> P
     if missing := _MISSING.match(said):
         return ProfileError(f"{place}: the key {missing['key']!r} is missing")
     if said.startswith("Invalid enum value"):
-        value, words = str(_value(table, steps)), typing.get_args(_hint(cls, steps))
+        value, words = str(_value(table, steps)), _words(_hint(cls, steps))
         return ProfileError(
             f"{place}: {quoted(value)} is not allowed", hint=nearest(value[:_LONGEST], words)
         )
@@ -77,9 +77,14 @@ def _allowed(cls: type[Any], steps: list[str]) -> str | None:
     hint = _hint(cls, names)
     if hint is bool:
         return "true, false"
+    return ", ".join(map(repr, _words(hint))) or None
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """Return the words that a key may be, also where it may be left out."""
     if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(map(repr, typing.get_args(hint)))
-    return None
+        return typing.get_args(hint)
+    return tuple(word for part in typing.get_args(hint) for word in _words(part))
 
 
 def _fields(cls: type[Any], steps: list[str]) -> tuple[str, ...]:

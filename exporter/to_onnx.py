@@ -39,7 +39,7 @@ def export_onnx(
     batch: BatchRange,
     opset: int = 20,
 ) -> OnnxModel:
-    """Write the network, which takes (N, *input.shape) float32, to ``path``.
+    """Write the network, which takes (N, *input.shape), to ``path``.
 
     ``more_inputs`` are those behind the first, in the order of its forward(), and ``output`` and
     ``more_outputs`` name what it gives, in its order. Raises `GraphError` if it
@@ -49,7 +49,9 @@ def export_onnx(
     import torch
 
     inputs = (input, *more_inputs)
-    example = tuple(torch.zeros(2, *spec.shape) for spec in inputs)  # 1 would be a constant
+    example = tuple(  # of two: a batch of 1 would be taken for a constant
+        torch.zeros(2, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs
+    )
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -292,10 +292,10 @@ def test_a_scale_below_halfs_normal_range_keeps_its_layer_in_fp32(statistics):
     assert note.startswith("in FP32: w/DequantizeLinear, conv: the quantisation scale 'w_scale'")
 
 
-def test_a_dead_weight_channel_gets_a_scale_that_is_finite_and_positive(statistics):
+def test_a_dead_weight_channel_gets_another_ones_scale_for_its_biass_sake(statistics):
     model = convert("int8", one_conv(0.0), {"input": statistics["input"]}).model
     stored = constants(model)
-    assert stored["w_scale"].tolist() == pytest.approx([1.0, 1 / 127])
+    assert stored["w_scale"].tolist() == pytest.approx([1 / 127, 1 / 127])
     assert stored["w_q"].flatten().tolist() == [0, 127]
 
 

@@ -32,6 +32,7 @@ from exporter.bench.real import Wanted, Watch, check_accuracy, first_run, untime
 from exporter.bench.ways import ways
 from exporter.contracts import Model, Progress, Session, silent
 from exporter.cores import usable_cores
+from exporter.data import Data
 from exporter.errors import BuildError, ProfileError, with_hint
 from exporter.latency import Entrant, time_in_turn
 from exporter.plugins import options_of
@@ -62,7 +63,7 @@ def bench_bundles(
     asked: BenchAsked = BenchAsked(),  # noqa: B008 - frozen
     *,
     models: Sequence[Model | None] | None = None,
-    data: Path | str | None = None,
+    data: Data | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
     """Time all that the bundles hold, in turn, and return the record of it. Nothing is written.

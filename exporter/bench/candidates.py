@@ -11,7 +11,7 @@ from typing import NamedTuple
 from exporter import environment, samples
 from exporter.bundle import Manifest
 from exporter.contracts import Model, Runtime, classification
-from exporter.data import open_data
+from exporter.data import Data, open_data
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
 from exporter.onnx_files import check_onnx
 from exporter.plugins import load_model, load_runtime, options_of
@@ -42,7 +42,7 @@ class Bundle:
     held_out: Samples
 
     @classmethod
-    def read(cls, folder: Path, label: str, model: Model | None, data: Path | str | None) -> Bundle:
+    def read(cls, folder: Path, label: str, model: Model | None, data: Data | None) -> Bundle:
         """Return it, with held-out samples of ``data`` or else of its network's own.
 
         Raises `InputRefused` if it is none, or not what it was, or was judged on other data.
@@ -57,11 +57,11 @@ class Bundle:
                 "are timed so far",
                 hint="the export itself times every artefact; its report.md has the table",
             )
-        held_out = _held_out(report, profile, _own_data(report, model), data)
+        held_out = _held_out(report, profile, _own_data(report, model, profile), data)
         return cls(label, folder, manifest, report, profile, held_out)
 
 
-def _held_out(report: Report, profile: Profile, own: str, data: Path | str | None) -> Samples:
+def _held_out(report: Report, profile: Profile, own: str, data: Data | None) -> Samples:
     """Return the samples of the data named, which must be those that the bundle was judged on."""
     source, before = report.source, report.data
     whole: Split | None = "held-out" if before and before.held_out == before.samples else None
@@ -73,10 +73,10 @@ def _held_out(report: Report, profile: Profile, own: str, data: Path | str | Non
     return found.load("held-out")
 
 
-def _own_data(report: Report, model: Model | None) -> str:
+def _own_data(report: Report, model: Model | None, profile: Profile) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
-    shape = report.source.input.shape
-    if model is None and report.source.factory:
+    shape = profile.preprocess.channels_first(report.source.input.shape)
+    if model is None and (report.source.factory or report.source.given):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data
 
@@ -102,7 +102,7 @@ class Found(NamedTuple):
 
 
 def read_bundles(
-    folders: Sequence[Path], models: Sequence[Model | None], data: Path | str | None
+    folders: Sequence[Path], models: Sequence[Model | None], data: Data | None
 ) -> list[Bundle]:
     """Return the bundles, each under its folder's name, and that with a number if it is another's.
 
@@ -117,7 +117,7 @@ def read_bundles(
     return bundles
 
 
-def doubts_of_data(bundles: Sequence[Bundle], data: Path | str | None) -> Iterator[str]:
+def doubts_of_data(bundles: Sequence[Bundle], data: Data | None) -> Iterator[str]:
     """Yield whose accuracy is not compared with its record, since its data was not named."""
     for bundle in bundles:
         if data is None and bundle.report.data:

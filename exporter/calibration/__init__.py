@@ -84,7 +84,7 @@ def calibrate(
     for count, (sample, given_back) in enumerate(_given(session, written, feeds), 1):
         values = {name: sample[name] for name in given}
         values |= zip(written, given_back, strict=True)
-        (fold,) = folds(pack([sample[name] for name in given]), FOLDS)
+        (fold,) = folds(pack(list(sample.values())), FOLDS)
         for name, value in values.items():
             found[name].add(value, fold)
             if not found[name].finite:

@@ -1,9 +1,10 @@
 """Arrays as samples: ``.npy``, ``.npz`` and safetensors files, read a few samples at a time.
 
 Inputs are (N, C, H, W), float32 as the network takes them, or uint8 pixels that `preprocess.mean`
-and `preprocess.std` say the meaning of. An ``.npz`` or safetensors file may have labels beside
-them, (N,) integers, under the names ``inputs`` and ``labels``. A network of several inputs takes an
-array for each, float32, under its own name. Pickled objects are never loaded.
+and `preprocess.std` say the meaning of; with `preprocess.fuse` they are pixels as the artefact
+takes them. An ``.npz`` or safetensors file may have labels beside them, (N,) integers, under the
+names ``inputs`` and ``labels``. A network of several inputs takes an array for each, float32, under
+its own name. Pickled objects are never loaded.
 """
 
 from __future__ import annotations
@@ -134,11 +135,14 @@ def gather_safetensors(path: Path, asked: Asked) -> Gathered:
 def gather(name: str, kind: str, stored: Stored, labels: Array | None, asked: Asked) -> Gathered:
     """Return stored rows as samples, each looked at once. Raises `InputRefused`."""
     check_inputs(name, stored.shape, stored.dtype, asked)
-    pixels = stored.dtype.kind == "u"
-    prepare = (lambda rows: normalise(rows, asked.preprocess)) if pixels else _as_they_are
-    samples = Lazy(lambda chosen: prepare(stored.rows(chosen)), stored.shape[0], asked.shape)
+    pixels, fused = stored.dtype.kind == "u", asked.preprocess.fuse is not None
+    normalises = pixels and not fused
+    prepare = (lambda rows: normalise(rows, asked.preprocess)) if normalises else _as_they_are
+    samples = Lazy(
+        lambda chosen: prepare(stored.rows(chosen)),
+        *(stored.shape[0], asked.shape, "uint8" if fused else "float32"),
+    )
     digests = look(name, samples, raw=None if pixels else stored.rows)
-    mean, std = asked.preprocess.mean, asked.preprocess.std
     classes = None if labels is None else asked.classes
     if labels is not None and classes is not None:
         labels = check_labels(name, labels, len(samples), classes)
@@ -150,7 +154,7 @@ def gather(name: str, kind: str, stored: Stored, labels: Array | None, asked: As
         by="inputs",
         labels=None if classes is None else labels,
         classes=classes,
-        preprocessing=f"uint8, (p/255 − {mean}) / {std}" if pixels else "none: as they are stored",
+        preprocessing=_in_words(asked.preprocess) if pixels else "none: as they are stored",
     )
 
 
@@ -181,6 +185,11 @@ def check_each(
                 f"{name}: {shape[0]} samples of {spec.name!r}, and {described[0][0][0]} of "
                 f"{asked.inputs[0].name!r}"
             )
+
+
+def _in_words(preprocess: Preprocess) -> str:
+    where = " in the graph" if preprocess.fuse else ""
+    return f"uint8, (p/255 − {preprocess.mean}) / {preprocess.std}{where}"
 
 
 def _as_they_are(rows: Array) -> Array:
@@ -223,7 +232,9 @@ def check_inputs(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], asked:
     """Raise `InputRefused` unless an array can be the network's inputs, with how to make it so."""
     import numpy as np
 
-    wanted = f"(N, {', '.join(map(str, asked.shape))})"
+    fused = asked.preprocess.fuse
+    kinds = "uint8" if fused else "float32 or uint8"
+    wanted = f"(N, {', '.join(map(str, asked.shape))}) {kinds}"
     found = f"{tuple(shape)} {dtype}"
     if dtype.hasobject:
         raise InputRefused(
@@ -231,28 +242,39 @@ def check_inputs(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], asked:
         )
     if len(shape) != 1 + len(asked.shape) or shape[1:] != asked.shape:
         raise InputRefused(
-            f"{name}: the samples must be {wanted} float32 or uint8, found {found}",
-            hint=_as_asked(shape, asked.shape),
+            f"{name}: the samples must be {wanted}, found {found}",
+            hint=_as_asked(shape, asked.shape, channels_last=fused == "nhwc"),
         )
     if not shape[0]:
         raise InputRefused(f"{name}: no samples in it")
     if dtype == np.uint8:
-        check_scale_said(asked.shape, asked.preprocess)
+        if not fused:
+            check_scale_said(asked.shape, asked.preprocess)
+    elif fused:
+        raise InputRefused(
+            f"{name}: the samples must be {wanted}, found {found}",
+            hint="give the pixels, which the graph normalises, or leave out preprocess.fuse",
+        )
     elif dtype != np.float32:
         other = " or, if they are pixels, numpy.uint8" if dtype.kind in "iu" else ""
         raise InputRefused(
-            f"{name}: the samples must be {wanted} float32 or uint8, found {found}",
+            f"{name}: the samples must be {wanted}, found {found}",
             hint=f"convert them with array.astype(numpy.float32){other}",
         )
 
 
-def _as_asked(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+def _as_asked(
+    shape: tuple[int, ...], wanted: tuple[int, ...], *, channels_last: bool
+) -> str | None:
     """Return what would make the shape the wanted one, where something simple does."""
+    if shape == wanted:
+        return "one sample is a batch of one: array[None]"
+    if channels_last:
+        first = (wanted[-1], *wanted[:-1])
+        return "channels come last: array.transpose(0, 2, 3, 1)" if shape[1:] == first else None
     channels, *size = wanted
     if shape[1:] == (*size, channels):
         return "channels come first: array.transpose(0, 3, 1, 2)"
-    if shape == wanted:
-        return "one sample is a batch of one: array[None]"
     if channels == 1 and shape[1:] == tuple(size):
         return "the channel has an axis of its own: array[:, None]"
     if len(shape) == 4 and shape[2:] == tuple(size):

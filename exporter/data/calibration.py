@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exporter import samples
-from exporter.data.sets import BuiltIn, DataSet, Part, needs_several, open_data
+from exporter.data.held import as_array, is_array
+from exporter.data.sets import BuiltIn, Data, DataSet, Part, needs_several, open_data
 from exporter.digests import digests
 from exporter.errors import InputRefused
 from exporter.packing import unpack
 from exporter.profile import Profile
-from exporter.records import Array, TensorSpec
+from exporter.records import TensorSpec
 from exporter.samples import Samples
 
 _USUAL = 256  # samples that show on which scale the others are
 
 
 def choose_calibration(
-    given: Array | Path | str | None,
+    given: Data | None,
     judged: DataSet,
     model_data: str,
     inputs: Sequence[TensorSpec],
@@ -28,19 +29,21 @@ def choose_calibration(
 ) -> Part:
     """Return the samples that set the scales.
 
-    Of an array or an ``.npy`` file that is ``given`` all are taken, of other data as many as the
+    Of one array or an ``.npy`` file that is ``given`` all are taken, of other data as many as the
     profile says, and without any as many of what is ``judged`` on other samples of. Raises
     `InputRefused` if they are too few, or nothing that scales can be taken from.
     """
     if given is None:
         return _draw(judged, inputs, profile)
-    if isinstance(given, Path | str) and Path(given).suffix.lower() != ".npy":
+    path = Path(given) if isinstance(given, Path | str) else None
+    if not (path.suffix.lower() == ".npy" if path else is_array(given)):
         own = open_data(given, model_data, inputs, output, profile, whole="train")
         part = _draw(own, inputs, profile)
-        samples.check_scale(part.samples.inputs, _others(judged), origin=Path(given).name)
+        origin = path.name if path else part.samples.origin
+        samples.check_scale(part.samples.inputs, _others(judged), origin=origin)
         return part
-    origin = Path(given).name if isinstance(given, Path | str) else "the given array"
-    array = samples.load_array(Path(given)) if isinstance(given, Path | str) else given
+    origin = path.name if path else "the given array"
+    array = samples.load_array(path) if path else as_array(given)
     if len(inputs) > 1:
         raise needs_several(origin, inputs)
     samples.check_calibration(array, inputs[0], origin=origin)

@@ -17,19 +17,21 @@ CHUNK = 64  # samples made at a time
 
 
 class Lazy:
-    """``count`` samples of float32, each of ``shape``; ``fetch`` makes those of the given numbers.
+    """``count`` samples, each of ``shape``; ``fetch`` makes those of the given numbers.
 
     It has of an array what takes samples out of one, and never holds more than are asked for.
     """
 
-    def __init__(self, fetch: Fetch, count: int, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, fetch: Fetch, count: int, shape: tuple[int, ...], dtype: str = "float32"
+    ) -> None:
         import numpy as np
 
         self._fetch = fetch
         self._count = count
         self.shape = (count, *shape)
         self.ndim = len(self.shape)
-        self.dtype = np.dtype(np.float32)
+        self.dtype = np.dtype(dtype)
 
     def __len__(self) -> int:
         return self._count
@@ -53,17 +55,22 @@ class Lazy:
 
         return self._fetch(np.arange(self._count).take(indices, mode=mode))
 
-    def min(self) -> np.float32:
-        return cast("np.float32", min(sample.min() for sample in self))
+    def min(self) -> np.number[Any]:
+        return cast("np.number[Any]", min(sample.min() for sample in self))
 
-    def max(self) -> np.float32:
-        return cast("np.float32", max(sample.max() for sample in self))
+    def max(self) -> np.number[Any]:
+        return cast("np.number[Any]", max(sample.max() for sample in self))
 
     def part(self, numbers: Array) -> Array:
         """Return some of the samples: an array if that is small, else what stands for one."""
         import numpy as np
 
-        lazy = Lazy(lambda chosen: self._fetch(numbers[chosen]), len(numbers), self.shape[1:])
+        lazy = Lazy(
+            lambda chosen: self._fetch(numbers[chosen]),
+            len(numbers),
+            self.shape[1:],
+            self.dtype.name,
+        )
         if int(np.prod(lazy.shape, dtype=np.int64)) * self.dtype.itemsize > IN_MEMORY:
             return cast("Array", lazy)  # whoever takes samples cannot tell
         kept = np.empty(lazy.shape, self.dtype)

@@ -2,7 +2,8 @@
 
 The first pass leaves of every image its digest and what is to be said of it, and nothing else, so
 that a folder takes no more memory than its names. A pixel p of 0 to 255 becomes
-(p / 255 − mean) / std in float32, as torchvision's ToTensor and Normalize compute it.
+(p / 255 − mean) / std in float32, as torchvision's ToTensor and Normalize compute it; or it stays
+what it is, where `preprocess.fuse` has that in the graph.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def gather_images(
     return Gathered(
         kind="flat folder" if listing.classes is None else "class folders",
         name=_plain(folder.name),
-        samples=Lazy(pictures.fetch, len(names), shape),
+        samples=Lazy(
+            *(pictures.fetch, len(names), preprocess.laid_out(shape)),
+            "uint8" if preprocess.fuse else "float32",
+        ),
         digests=tuple(digests),
         by="pixels",
         labels=_labels(listing, fit),
@@ -92,18 +96,23 @@ class _Pictures:
         self._preprocess = preprocess
 
     def fetch(self, chosen: Array) -> Array:
-        """Return images as inputs, (N, C, H, W). Raises `InputRefused` if one has changed."""
+        """Return images as inputs, (N, *input). Raises `InputRefused` if one has changed."""
         import numpy as np
 
         channels, height, width = self._shape
-        inputs = np.empty((len(chosen), *self._shape), np.float32)
+        fused = self._preprocess.fuse
+        shape = (len(chosen), *self._preprocess.laid_out(self._shape))
+        inputs = np.empty(shape, np.uint8 if fused else np.float32)
         names = [self._names[index] for index in chosen]
         found = self._decoders.decode(self._folder, names, pixels=True)
         for row, (index, image) in enumerate(zip(chosen, found, strict=True)):
             if image.digest != self._digests[index]:
                 raise self._changed(image)
             pixels = np.frombuffer(image.pixels, np.uint8).reshape(height, width, channels)
-            inputs[row] = normalise(pixels.transpose(2, 0, 1), self._preprocess)
+            if fused:
+                inputs[row] = as_taken(pixels, self._preprocess)
+            else:
+                inputs[row] = normalise(pixels.transpose(2, 0, 1), self._preprocess)
         return inputs
 
     def _changed(self, image: Decoded) -> InputRefused:
@@ -124,6 +133,15 @@ def normalise(pixels: Array, preprocess: Preprocess) -> Array:
     std = np.asarray(preprocess.std, np.float32)[:, None, None]
     found: Array = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return found
+
+
+def as_taken(pixels: Array, preprocess: Preprocess) -> Array:
+    """Return pixels in RGB, (…, H, W, C), in the layout and order that the artefact takes."""
+    import numpy as np
+
+    if preprocess.input_order == "bgr" and pixels.shape[-1] == 3:
+        pixels = pixels[..., ::-1]
+    return pixels if preprocess.fuse == "nhwc" else np.moveaxis(pixels, -1, -3)
 
 
 def check_scale_said(shape: tuple[int, ...], preprocess: Preprocess) -> None:
@@ -151,9 +169,15 @@ def in_words(shape: tuple[int, ...], preprocess: Preprocess) -> str:
         to = "×".join(map(str, preprocess.sides))
         side = "shorter side " if len(preprocess.sides) == 1 else ""
         steps = [f"{side}resized to {to} ({preprocess.interpolation})", "middle cut out"]
-    colours = {1: "grey", 3: "BGR" if preprocess.order == "bgr" else "RGB"}[channels]
+    order = preprocess.input_order if preprocess.fuse else preprocess.order
+    colours = {1: "grey", 3: order.upper()}[channels]
     mean, std = (_numbers(values or ()) for values in (preprocess.mean, preprocess.std))
-    return ", ".join([*steps, f"{height}×{width} {colours}", f"(p/255 − {mean}) / {std}"])
+    steps.append(f"{height}×{width} {colours}")
+    if preprocess.fuse:
+        turned = "channels turned round, " if channels == 3 and preprocess.is_turned else ""
+        steps.append(f"uint8 as {preprocess.fuse.upper()}; in the graph: {turned}".rstrip(" "))
+        return f"{', '.join(steps)} (p/255 − {mean}) / {std}"
+    return ", ".join([*steps, f"(p/255 − {mean}) / {std}"])
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 from exporter import samples
 from exporter.data.arrays import Asked, gather_npy, gather_npz, gather_safetensors
 from exporter.data.factory import gather_made
 from exporter.data.gathered import By, Gathered
-from exporter.data.pictures import gather_images
+from exporter.data.held import Items, gather_held
+from exporter.data.pictures import as_taken, gather_images
 from exporter.digests import digests as digests_of
 from exporter.errors import InputRefused
 from exporter.given_code import is_code
 from exporter.profile import Profile
-from exporter.records import DataRecord, TensorSpec
-from exporter.samples import SPLITS, Samples, Split, load_split
+from exporter.records import DataRecord, Preprocess, TensorSpec
+from exporter.samples import SPLITS, Samples, Split, load_split, pixels
 
 KINDS = "digits, a folder of images, .npy, .npz, .safetensors, or module:factory"
 _FEWEST = 2  # held-out samples: one alone shows nothing
@@ -39,13 +41,20 @@ class BuiltIn:
 
     record = None
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], preprocess: Preprocess) -> None:
         self._name = name
-        self._shape = shape
+        self._shape = preprocess.channels_first(shape)
+        self._preprocess = preprocess
 
     def load(self, split: Split) -> Samples:
         """Return one split. Raises `UnknownName`, `InputRefused`."""
-        return load_split(self._name, self._shape, split)
+        import numpy as np
+
+        found = load_split(self._name, self._shape, split)
+        if self._preprocess.fuse is None:
+            return found
+        taken = as_taken(np.moveaxis(pixels(found.inputs), 1, -1), self._preprocess)
+        return found._replace(inputs=taken, origin=f"{found.origin} as pixels")
 
     def part(self, split: Split) -> Part:
         """Return one split, with what tells its samples apart."""
@@ -77,10 +86,16 @@ class Given:
 
 
 DataSet = BuiltIn | Given
+Data: TypeAlias = Path | str | Items
+
+
+def is_built_in(given: Data) -> bool:
+    """Return whether data are words for samples that come with the package."""
+    return isinstance(given, Path | str) and str(given) in SPLITS
 
 
 def open_data(
-    words: str | Path | None,
+    given: Data | None,
     model_data: str,
     inputs: Sequence[TensorSpec],
     output: TensorSpec | None,
@@ -88,18 +103,18 @@ def open_data(
     *,
     whole: Split | None = None,
 ) -> DataSet:
-    """Return the data that the words name, or the model's own.
+    """Return the data that words name or a program holds, or the model's own.
 
     ``output`` is the classification that labels are of, None where there is none, and ``whole`` the
     split that all samples go to, where they are not to be divided. Raises
     `InputRefused` for data that cannot be read, or do not fit the network's input and classes.
     """
-    if words is None or str(words) in SPLITS:
+    if given is None or is_built_in(given):
         if len(inputs) > 1:
-            raise needs_several(str(words or "the built-in digits"), inputs)
-        own = words is None or (str(words) == "digits" and model_data in SPLITS)
-        return BuiltIn(model_data if own else str(words), inputs[0].shape)
-    gathered = gather(str(words), inputs, output, profile)
+            raise needs_several(str(given or "the built-in digits"), inputs)
+        own = given is None or (str(given) == "digits" and model_data in SPLITS)
+        return BuiltIn(model_data if own else str(given), inputs[0].shape, profile.preprocess)
+    gathered = gather(given, inputs, output, profile)
     numbers = divide(gathered.digests, profile.data.held_out)
     if whole:
         numbers = {"train": [], "held-out": []}
@@ -114,18 +129,22 @@ def open_data(
 
 
 def gather(
-    words: str, inputs: Sequence[TensorSpec], output: TensorSpec | None, profile: Profile
+    given: Data, inputs: Sequence[TensorSpec], output: TensorSpec | None, profile: Profile
 ) -> Gathered:
-    """Return the samples that the words name, undivided. Raises `InputRefused`."""
+    """Return the samples that words name or a program holds, undivided. Raises `InputRefused`."""
     classes = None if output is None else prod(output.shape)
     asked = Asked(tuple(inputs), classes, profile.preprocess)
+    if not isinstance(given, Path | str):
+        return gather_held(given, asked)
+    words = str(given)
     path = Path(os.path.abspath(words))  # noqa: PTH100 - its name, and resolve() would follow a link
     if is_code(words):
         return gather_made(words, asked)
     if path.is_dir():
         if len(inputs) > 1:
             raise needs_several(path.name, inputs)
-        found = gather_images(path, inputs[0].shape, profile.preprocess, profile.data)
+        shape = profile.preprocess.channels_first(inputs[0].shape)
+        found = gather_images(path, shape, profile.preprocess, profile.data)
         if classes is not None and found.classes not in (None, classes):
             raise InputRefused(
                 f"{found.name}: {found.classes} class folders, and the network has "

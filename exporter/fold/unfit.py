@@ -2,14 +2,17 @@
 
 A graph keeps the calls that forward() makes, and nothing of what Python would do around them: hooks
 of anything but a layer, methods put on an instance, a mode that changes later. Wrappers that change
-no value, of torch.compile and DataParallel, come off.
+no value, of torch.compile and both kinds of data parallelism, come off.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from copy import deepcopy
+from types import MappingProxyType
 
+import torch
 from torch import fx, nn
 from torch.nn.modules import module as every_module
 from torch.nn.parameter import is_lazy
@@ -18,6 +21,7 @@ from exporter.errors import GraphError
 from exporter.fold.lifting import has_hooks
 from exporter.fold.same import first_line
 
+NONE: Mapping[int, torch.Tensor] = MappingProxyType({})
 OF_TORCH = ("OptimizedModule", "GuardsFn")  # whose instances have a forward() each, by design
 
 
@@ -81,7 +85,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return what a wrapper that changes no value has inside."""
     while True:
-        if isinstance(module, nn.DataParallel):
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         elif _is_compiled(module):
             module = module.get_submodule("_orig_mod")
@@ -89,10 +93,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def copy_of(module: nn.Module) -> nn.Module:
-    """Return a copy without the wrappers inside."""
+def copy_of(module: nn.Module, tensors: Mapping[int, torch.Tensor] = NONE) -> nn.Module:
+    """Return a copy without the wrappers inside; ``tensors`` take the places of those of the ids.
+
+    Raises `GraphError` for what cannot be copied.
+    """
     try:
-        copy = deepcopy(module)
+        copy = deepcopy(module, dict(tensors))
     except Exception as error:  # of whatever the module holds, like old parametrisations' tensors
         raise GraphError(f"cannot copy {type(module).__name__}: {first_line(error)}") from error
     for parent in list(copy.modules()):

@@ -106,7 +106,7 @@ class Integers(Pairs):
         weights = {}
         for node in self.layers.values():
             name = node.input[1]
-            weights[name] = _alive(*stored.get(name, quantise(self._constants[name], name)))
+            weights[name] = stored.get(name) or quantise(self._constants[name], name)
         for node in self.layers.values():
             most = 255 if node.input[0] in self.unsigned else ZERO
             scale = scales[node.input[0]]
@@ -311,15 +311,3 @@ class Integers(Pairs):
         for tensor in list(self.graph.initializer):
             if tensor.name in self._constants and tensor.name not in read:
                 self.graph.initializer.remove(tensor)
-
-
-def _alive(whole: Array, scales: Array) -> tuple[Array, Array]:
-    """Return weights and scales; a channel of zeros takes another's scale, for its bias's sake.
-
-    Its scale does not matter to it, and its bias is held in steps of s_x · s_w.
-    """
-    import numpy as np
-
-    alive = whole.reshape(len(whole), -1).any(axis=1)
-    largest = scales[alive].max() if alive.any() else np.float32(2.0**-8)
-    return whole, np.where(alive, scales, largest).astype(np.float32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from exporter.errors import GraphError, UnknownName
 from exporter.onnx_edits import replace_nodes
 from exporter.records import Array
-from exporter.steps import Kind
+from exporter.steps import OF_ZEROS, Kind
 
 if TYPE_CHECKING:
     import onnx
@@ -285,13 +285,18 @@ def sound_scale(name: str, scale: float, amax: float) -> float:
 
 
 def quantise(weights: Array, name: str, storage: Storage = INT8) -> tuple[Array, Array]:
-    """Return stored weights and float32 scales, one per output channel; one of zeros has 1."""
+    """Return stored weights and float32 scales, one per output channel.
+
+    One of zeros has the largest of the others', for its bias's sake: that may be held in steps of
+    s_x · s_w, by the graph itself or by a runtime.
+    """
     import numpy as np
 
     flat = weights.reshape(len(weights), -1).astype(np.float64)
     amax = np.abs(flat).max(axis=1)
     needed = np.array([storage.scale(float(a)) for a in amax])
-    scales = np.where(amax > 0, needed, 1.0).astype(np.float32)
+    others = needed[amax > 0].max(initial=0) or OF_ZEROS
+    scales = np.where(amax > 0, needed, others).astype(np.float32)
     if bad := np.flatnonzero(~(scales >= SMALLEST)).tolist():
         raise GraphError(
             f"{name!r} cannot be quantised: its channel {bad[0]} reaches no further than "

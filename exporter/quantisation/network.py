@@ -127,6 +127,7 @@ class Network:
         ``offsets`` are added to tensors where they are read quantised: one that is not there is put
         there, as zeros to differentiate by.
         """
+        x = x.to(self.emulator.kind)  # pixels are whole numbers
         constants = {**self.emulator.constants, **(weights or {})}
         values = self.given(x)
         read: Values = {}

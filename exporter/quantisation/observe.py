@@ -59,7 +59,7 @@ def observe(
         gain, behind = _gains(network, samples, advance)
     seen = {name: statistics[name] for name in network.tensors}
     return Observed(
-        samples=statistics[network.inputs[0]].samples,
+        samples=next(iter(statistics.values())).samples,
         low={name: torch.from_numpy(tensor.fold_low) for name, tensor in seen.items()},
         high={name: torch.from_numpy(tensor.fold_high) for name, tensor in seen.items()},
         power={name: torch.from_numpy(tensor.channel_power) for name, tensor in seen.items()},

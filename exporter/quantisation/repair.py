@@ -85,7 +85,7 @@ def repair(
     """
     pair = _Pair(network, steps, Repaired(), rounding)
     with torch.inference_mode():
-        pair.run(torch.from_numpy(samples), advance)
+        pair.run(torch.from_numpy(samples).to(network.emulator.kind), advance)
     return pair.found
 
 

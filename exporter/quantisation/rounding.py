@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from exporter.emulation import Step
 from exporter.emulation.operators import along
-from exporter.steps import Steps
+from exporter.steps import OF_ZEROS, Steps
 
 if TYPE_CHECKING:
     from exporter.records import Array
@@ -39,9 +39,10 @@ _PART = 16
 
 
 def weight_scales(weights: Tensor) -> Tensor:
-    """Return max |w| / 127 of each output channel, (O, 1); 1 for a channel of zeros."""
+    """Return max |w| / 127 of each output channel, (O, 1); of zeros, the largest of the others."""
     largest = weights.flatten(1).abs().amax(dim=1, keepdim=True)
-    return torch.where(largest > 0, largest / LIMIT, 1.0)
+    others = float(largest.max()) / LIMIT or OF_ZEROS
+    return torch.where(largest > 0, largest / LIMIT, others)
 
 
 def nearest(weights: Tensor, scales: Tensor) -> Tensor:

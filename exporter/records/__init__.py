@@ -46,7 +46,7 @@ from exporter.records.bench import (
 from exporter.records.calibration import Convergence, Curve
 from exporter.records.checkup import Checkup, Diagnosis, Trial
 from exporter.records.cost import Cost, LayerCost
-from exporter.records.data import DataChoice, DataRecord, Preprocess, Unfit
+from exporter.records.data import DataChoice, DataRecord, Postprocess, Preprocess, Unfit
 from exporter.records.execution import Executed, Execution
 from exporter.records.fidelity import Fidelity, Flip, LayerError, Rung, WorstCase
 from exporter.records.latency import Figure, Latency
@@ -124,6 +124,7 @@ __all__ = [
     "Parity",
     "ParityInputs",
     "Part",
+    "Postprocess",
     "Preprocess",
     "Quantised",
     "Range",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from exporter.records.base import Asked, Found
 
+Order = Literal["rgb", "bgr"]
 Resampling = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
@@ -18,15 +19,20 @@ class Preprocess(Asked, frozen=True, omit_defaults=True):
     Pillow's, as in torchvision. ``orientation`` says whether EXIF's counts, ``background`` what is
     behind transparent pixels, one value or three. What is left out is not guessed: an image that
     needs it is unfit.
+
+    ``order`` is that of the channels that the network takes. With ``fuse`` the artefact takes the
+    pixels themselves, uint8 in that layout and in ``input_order``, and the rest is in its graph.
     """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     resize: int | tuple[int, int] | None = None
     interpolation: Resampling = "bilinear"
-    order: Literal["rgb", "bgr"] = "rgb"
+    order: Order = "rgb"
     orientation: Literal["refuse", "apply", "ignore"] = "refuse"
     background: tuple[int, ...] | None = None
+    fuse: Literal["nchw", "nhwc"] | None = None
+    input_order: Order = "rgb"
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -44,12 +50,39 @@ class Preprocess(Asked, frozen=True, omit_defaults=True):
                 f"background must be one or three values of 0 to 255, found {list(colour)}"
             )
 
+        if self.fuse and self.mean is None:
+            raise ValueError("fuse puts mean and std into the graph, and they are missing")
+        if self.input_order != "rgb" and not self.fuse:
+            raise ValueError(
+                "input_order is that of pixels that an artefact takes: it needs fuse, and the "
+                "network's own is order"
+            )
+
+    @property
+    def is_turned(self) -> bool:
+        """Return whether the network takes the channels the other way round than the artefact."""
+        return self.order != self.input_order
+
+    def laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a network's (C, H, W) as the artefact takes it."""
+        return (*shape[1:], shape[0]) if self.fuse == "nhwc" else shape
+
+    def channels_first(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what an artefact takes as the network's (C, H, W)."""
+        return (shape[-1], *shape[:-1]) if self.fuse == "nhwc" else shape
+
     @property
     def sides(self) -> tuple[int, ...]:
         """Return what ``resize`` asks for: the shorter side, or height and width."""
         if self.resize is None:
             return ()
         return self.resize if isinstance(self.resize, tuple) else (self.resize,)
+
+
+class Postprocess(Asked, frozen=True, omit_defaults=True):
+    """What is done in the graph to the network's scores, (N, classes): a softmax over classes."""
+
+    softmax: bool = False
 
 
 class DataChoice(Asked, frozen=True, omit_defaults=True):

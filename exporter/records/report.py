@@ -128,9 +128,9 @@ class Source(Found, frozen=True):
     ``weights`` is the file's name without its folder, or what is taken in place of one,
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
-    to be the network's, one clause each. ``factory`` is the code that made the network, None for a
-    built-in one. ``more_outputs`` and ``more_inputs`` are those behind the first, in the network's
-    order.
+    to be the network's, one clause each. ``factory`` is the code that made the network, and
+    ``given`` the class of the module that a program gave; both are None for a built-in one.
+    ``more_outputs`` and ``more_inputs`` are those behind the first, in the network's order.
     """
 
     model: str
@@ -143,6 +143,7 @@ class Source(Found, frozen=True):
     weights_format: str = ""
     weights_changes: tuple[str, ...] = ()
     factory: str | None = None
+    given: str | None = None
     more_outputs: tuple[TensorSpec, ...] = ()
     more_inputs: tuple[TensorSpec, ...] = ()
 

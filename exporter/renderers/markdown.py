@@ -36,6 +36,11 @@ def render(report: Report) -> str:
     return "\n".join(line for section in sections for line in (*section, ""))
 
 
+def summary(report: Report) -> str:
+    """Return the head of the page and its first table."""
+    return "\n".join((*_head(report), "", *_artefacts(report)))
+
+
 def _head(report: Report) -> list[str]:
     source = report.source
     return [
@@ -46,6 +51,7 @@ def _head(report: Report) -> list[str]:
         f"- {_named('input', source.inputs)} {source.input.dtype}, "
         f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
+        *([f"- given as a module, {_escape(source.given)}"] if source.given else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
         *(f"- weights: {_escape(change)}" for change in source.weights_changes),

@@ -24,6 +24,7 @@ from exporter.runtimes._graph import (
     read_graph,
 )
 from exporter.runtimes._ort_kernels import computing_nodes, kernel_times
+from exporter.samples import noise
 
 if TYPE_CHECKING:
     import onnx
@@ -138,8 +139,6 @@ class OnnxRuntime(Plugin, frozen=True):
         self, path: Path, *, batch: int, runs: int, warmup: int
     ) -> tuple[int, tuple[Kernel, ...]]:
         """Return the threads, and every kernel's median time over the runs of one profile."""
-        import numpy as np
-
         with TemporaryDirectory() as folder:
             options = self._session_options(path)
             written = Path(folder, "optimised.onnx")
@@ -147,13 +146,13 @@ class OnnxRuntime(Plugin, frozen=True):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._load(path, options)
-            draw = np.random.default_rng(0).standard_normal
             feed = {}
-            for given in session.get_inputs():
+            for seed, given in enumerate(session.get_inputs()):
                 first, *rest = given.shape
                 if isinstance(first, int) and first != batch:
                     raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
-                feed[given.name] = draw((batch, *rest)).astype(np.float32)
+                kind = "uint8" if given.type == "tensor(uint8)" else "float32"
+                feed[given.name] = noise(rest, count=batch, seed=seed, dtype=kind)
             opened = OrtSession(session, self.device, self._thread_count())
             for _ in range(warmup + runs):
                 opened(feed)

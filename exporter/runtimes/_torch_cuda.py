@@ -100,11 +100,11 @@ class PyTorchCuda(Plugin, frozen=True):
             raise BuildError(f"PyTorch cannot run {path.name}: {error}") from error
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         moved: Any = module.to(self.place)
-        halves = {10: torch.float16, 16: torch.bfloat16}
+        others = {2: torch.uint8, 10: torch.float16, 16: torch.bfloat16}
         return DeviceGraph(
             module=moved.to(memory_format=layout),
             inputs={
-                value.name: halves.get(value.type.tensor_type.elem_type, torch.float32)
+                value.name: others.get(value.type.tensor_type.elem_type, torch.float32)
                 for value in graph.input
             },
             outputs=tuple(value.name for value in graph.output),

@@ -22,6 +22,7 @@ import onnx
 
 from exporter import environment
 from exporter.contracts import Model, Progress, Runtime, silent
+from exporter.data import Data
 from exporter.errors import InputRefused, ProfileError, RuntimeMissing, UnknownName
 from exporter.fold import fold_batchnorm
 from exporter.graphs import export_source
@@ -50,8 +51,8 @@ def tune_model(
     weights: Path | Initial | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
-    calibration: Array | Path | str | None = None,
-    data: Path | str | None = None,
+    calibration: Data | None = None,
+    data: Data | None = None,
     validation: int = 128,
     minutes: float = 5.0,
     restart: bool = False,

@@ -50,11 +50,8 @@ class Plugin(Asked, frozen=True, kw_only=True):
     """Base of every plug-in: its fields are the keys a profile may set."""
 
 
-class Model(Protocol):
-    """A network, the tensors it takes and gives, and where its weights and samples are.
-
-    Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
-    """
+class Ends(Protocol):
+    """The tensors that something takes and gives, and its samples."""
 
     @property
     def input(self) -> TensorSpec:
@@ -67,6 +64,13 @@ class Model(Protocol):
     @property
     def data(self) -> str:
         """Return the name of its samples."""
+
+
+class Model(Ends, Protocol):
+    """A network, the tensors it takes and gives, and where its weights and samples are.
+
+    Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
+    """
 
     @property
     def weights(self) -> Path | None:
@@ -275,6 +279,7 @@ __all__ = [
     "Advance",
     "Bound",
     "Converted",
+    "Ends",
     "Identity",
     "Model",
     "OnDevice",

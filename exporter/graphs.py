@@ -12,17 +12,15 @@ from exporter.errors import GraphError
 from exporter.job import Job
 from exporter.records import Array, OnnxModel
 from exporter.samples import feeds
-from exporter.to_onnx import export_onnx
+from exporter.start import FoldedStart
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
 
 
-def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
-    """Write the folded network to ``path`` as the FP32 graph. Raises `GraphError`."""
-    return export_onnx(
-        folded,
+def export_source(job: Job, folded: FoldedStart, path: Path) -> OnnxModel:
+    """Write what was folded to ``path`` as the FP32 graph. Raises `GraphError`."""
+    return folded.write(
         path,
         input=job.input,
         output=job.model.output,

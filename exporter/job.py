@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from exporter import environment, samples
-from exporter.contracts import Advance, Model, Precision, Progress, Runtime, Session
+from exporter.contracts import Advance, Ends, Model, Precision, Progress, Runtime, Session
 from exporter.data import DataSet, choose_calibration, open_data, shared_samples
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
-from exporter.network import Network, code_of
+from exporter.network import code_of
 from exporter.parity import collect_outputs
 from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import PrecisionChoice, Profile
 from exporter.records import FEW_IMAGES, Array, Convergence, Feed, Part, Source, TensorSpec
 from exporter.samples import Samples, Split
 from exporter.stages import Stages
+from exporter.start import Start, choose
 from exporter.weights import Loaded
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 _UNTRAINED = (
@@ -48,8 +48,8 @@ class Job:
     """
 
     name: str
-    model: Model
-    module: nn.Module
+    model: Ends
+    start: Start
     weights: str
     loaded: Loaded
     input: TensorSpec
@@ -67,7 +67,7 @@ class Job:
     @classmethod
     def resolve(
         cls,
-        model: str | Model,
+        model: str | Model | Path,
         profile: Profile,
         *,
         weights: Path | Initial | None,
@@ -81,19 +81,20 @@ class Job:
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        ``data`` and ``calibration`` name what `exporter.data` takes, in place of the model's own. A
+        ``model`` is a network's name or a `Model`, or the path of an ONNX file. ``data`` and
+        ``calibration`` name what `exporter.data` takes, in place of the model's own. A
         job that ``builds`` nothing needs no runtime that could. Calibration samples that are among
         those it is judged on are refused unless ``allow_overlap``.
         """
         stages = Stages(progress)
-        network = Network.choose(model, profile.model.args, input_shape, classes)
+        network = choose(model, profile, input_shape=input_shape, classes=classes)
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         spec = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         _check_memory(spec, profile)
-        module, origin, loaded = network.build(weights)
-        network.check(module, spec)
+        start = network.start(weights, spec)
+        origin, loaded = start.origin
         needed = any(precision.needs_calibration for precision in precisions.values())
         fits = (chosen.data, spec, chosen.output, profile)
         whole: Split | None = None if calibration is None else "held-out"
@@ -112,7 +113,7 @@ class Job:
         return cls(
             name=network.name,
             model=chosen,
-            module=module,
+            start=start,
             weights=origin,
             loaded=loaded,
             input=spec,
@@ -222,13 +223,14 @@ class Job:
             model=self.name,
             weights=self.weights,
             weights_sha256=self.loaded.sha256,
-            parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            parameters=self.start.parameters,
             input=self.input,
             output=self.model.output,
             opset=self.profile.opset,
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
             factory=code_of(self.model),
+            file=self.start.file,
         )
 
 

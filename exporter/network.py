@@ -1,26 +1,33 @@
-"""The network of a run: which one, with which weights, and whether it takes the input.
+"""The network of a run: which one, with which weights, whether it takes the input, and folded.
 
 A built-in is asked for by name, a factory's network or any other `Model` is given; values that
-nobody trained are only taken where they are asked for.
+nobody trained are only taken where they are asked for. A run starts at it (`exporter.start`) in
+PyTorch: that computes it in float64 and float32, and torch.onnx writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from exporter.checkpoints import read_checkpoint
-from exporter.contracts import Model
+from exporter.contracts import Ends, Model, Session
 from exporter.errors import InputRefused
 from exporter.factories import FactoryModel, check_output
+from exporter.fold import fold_batchnorm
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.plugins import load_model
-from exporter.records import TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.reference import TorchSession
+from exporter.to_onnx import export_onnx
 from exporter.weights import Loaded, fit_weights
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -63,6 +70,12 @@ class Network(NamedTuple):
                 else None,
             )
         return cls(name, model)
+
+    def start(self, weights: Path | Initial | None, spec: TensorSpec) -> NetworkStart:
+        """Return it with its weights, as the top of a run. Raises `InputRefused`."""
+        module, origin, loaded = self.build(weights)
+        self.check(module, spec)
+        return NetworkStart(module, self.model.output.name, (origin, loaded))
 
     def build(self, weights: Path | Initial | None) -> tuple[nn.Module, str, Loaded]:
         """Return the module with its weights, where they are from in words, and what was loaded.
@@ -121,6 +134,66 @@ class Network(NamedTuple):
             raise InputRefused(f"{self.name} says that it gives {wanted} values, not {gives[0]}")
 
 
-def code_of(model: Model) -> str | None:
+@dataclass(frozen=True, slots=True)
+class NetworkStart:
+    """A network in PyTorch, where a run starts."""
+
+    module: nn.Module
+    output: str
+    origin: tuple[str, Loaded]
+    file: None = None
+    timed: ClassVar[str] = "PyTorch eager, fp32"
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def double(self) -> Session:
+        return TorchSession.of(self.module, self.output, double=True)
+
+    def single(self) -> AbstractContextManager[Session]:
+        return nullcontext(TorchSession.of(self.module, self.output))
+
+    def fold(self, example: torch.Tensor, *, double: bool = False) -> FoldedNetwork:
+        module = deepcopy(self.module).double() if double else self.module
+        folded = fold_batchnorm(module, example)
+        return FoldedNetwork(folded.module, self.output, folded.fates)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedNetwork:
+    """A network in PyTorch with its BatchNorms folded, and what became of each."""
+
+    module: nn.Module
+    output: str
+    fates: tuple[Fate, ...] = ()
+    writer: ClassVar[str] = "torch.onnx"
+
+    def session(self, *, double: bool = False) -> Session:
+        return TorchSession.of(self.module, self.output, double=double)
+
+    def write(
+        self, path: Path, *, input: TensorSpec, output: TensorSpec, batch: BatchRange, opset: int
+    ) -> OnnxModel:
+        return export_onnx(self.module, path, input=input, output=output, batch=batch, opset=opset)
+
+    def layer_outputs(self, feed: Feed) -> dict[str, Array]:
+        import torch
+
+        found: dict[str, Array] = {}
+        double = deepcopy(self.module).double()
+        for name, layer in double.named_modules():
+
+            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, torch.Tensor):
+                    found.setdefault(name, output.numpy())
+
+            layer.register_forward_hook(keep)
+        with torch.inference_mode():
+            double(*(torch.from_numpy(value).double() for value in feed.values()))
+        return found
+
+
+def code_of(model: Ends) -> str | None:
     """Return the factory that made it, and with what, or None for a network that none made."""
     return model.code if isinstance(model, FactoryModel) else None

@@ -115,7 +115,7 @@ def compare_outputs(
     """Return the distance between two arrays of outputs, both (samples, outputs).
 
     ``labels`` (samples,) adds accuracy; without them, say on noise, one class alone is no lack.
-    ``noise_floor``, float32 PyTorch's own relative error, adds the error as a multiple of it.
+    ``noise_floor``, the float32 reference's own relative error, adds the error as a multiple of it.
     Raises `GraphError` if the shapes differ or are empty.
     """
     import numpy as np

@@ -21,7 +21,6 @@ from exporter.contracts import Converted, Model, Progress, Session, silent
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, load_factory
-from exporter.fold import fold_batchnorm
 from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
@@ -29,8 +28,7 @@ from exporter.ladder import Asked, Ladder, Truth
 from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Array, Artefact, DataRecord, Report, Variant
-from exporter.reference import TorchSession
+from exporter.records import Array, Artefact, DataRecord, Report, Source, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import is_intact, read_bundle
 from exporter.worst_case import Found, Search, search_worst_case
@@ -41,7 +39,7 @@ _WORST = "worst-case"
 def check_bundle(
     folder: Path,
     *,
-    model: Model | None = None,
+    model: Model | Path | None = None,
     weights: Path | Initial | None = None,
     calibration: Array | Path | str | None = None,
     data: Path | str | None = None,
@@ -62,12 +60,7 @@ def check_bundle(
     another interface fails its artefact alone.
     """
     manifest, before = read_bundle(folder)
-    if before.source.factory and model is None:
-        raise InputRefused(
-            f"the bundle's network was made by {before.source.factory}, and a bundle's word does "
-            "not run code",
-            hint="name the factory with --model, as package.module:factory or file.py:factory",
-        )
+    _check_start(model, before.source)
     job = Job.resolve(
         model or before.source.model,
         load_profile(folder / "profile.toml"),
@@ -83,13 +76,13 @@ def check_bundle(
     _check_sources(job, before)
     intact = {file.name for file in manifest.files if is_intact(file, folder)}
     with job.stage("fold BatchNorm"):
-        folded = fold_batchnorm(job.module, job.example()).module
+        folded = job.start.fold(job.example())
     with TemporaryDirectory() as scratch, job.threads():
         with job.stage("export to ONNX again"):
             path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
         graph = onnx.load(path)
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
-        rungs = ladder.pytorch_rungs()
+        rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
         bundle = _Bundle(job, folder, intact, ladder, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
@@ -126,6 +119,26 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     return load_factory(code, profile.model.args, input_shape=before.source.input.shape)
 
 
+def _check_start(model: Model | Path | None, before: Source) -> None:
+    """Raise `InputRefused` unless what the bundle was made from is given, where it must be."""
+    if before.factory and model is None:
+        raise InputRefused(
+            f"the bundle's network was made by {before.factory}, and a bundle's word does not run "
+            "code",
+            hint="name the factory with --model, as package.module:factory or file.py:factory",
+        )
+    if before.file and not isinstance(model, Path):
+        raise InputRefused(
+            f"the bundle was made from the ONNX file {before.file!r}, which is not in it",
+            hint="give that file with --onnx",
+        )
+    if isinstance(model, Path) and not before.file:
+        raise InputRefused(
+            f"the bundle was made from the network {before.model!r}, and not from an ONNX file",
+            hint="leave out --onnx",
+        )
+
+
 def _check_sources(job: Job, before: Report) -> None:
     """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report."""
     wanted, found = before.source.weights_sha256, job.loaded.sha256
@@ -133,7 +146,7 @@ def _check_sources(job: Job, before: Report) -> None:
         raise InputRefused(
             f"the bundle was made from weights {before.source.weights!r} of SHA-256 "
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
-            hint="give the same with --weights",
+            hint=f"give the same with {'--onnx' if before.source.file else '--weights'}",
         )
     _check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
@@ -248,7 +261,7 @@ def _search(
     surrogate = Emulator.of(onnx.load(path)) if path.suffix == ".onnx" else asked.emulator
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
-    truth = TorchSession.of(job.module, job.model.output.name, double=True)
+    truth = job.start.double()
     what = f"{artefact.name}: search the worst case"
     with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(

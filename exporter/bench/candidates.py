@@ -54,7 +54,7 @@ class Bundle:
 def _data(report: Report, model: Model | None) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
     shape = report.source.input.shape
-    if model is None and report.source.factory:
+    if model is None and (report.source.factory or report.source.file):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data
 

@@ -124,7 +124,8 @@ class Source(Found, frozen=True):
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
     to be the network's, one clause each. ``factory`` is the code that made the network, None for a
-    built-in one.
+    built-in one. ``file`` is the name of the ONNX file that was started from, None for a network in
+    PyTorch; with it the weights are those in it, and the changes what was done to read it.
     """
 
     model: str
@@ -137,6 +138,22 @@ class Source(Found, frozen=True):
     weights_format: str = ""
     weights_changes: tuple[str, ...] = ()
     factory: str | None = None
+    file: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """Return what artefacts are compared with, in words."""
+        return self.file or "PyTorch"
+
+    @property
+    def top(self) -> str:
+        """Return the ladder's first rung: the truth."""
+        return f"{self.reference} float64"
+
+    @property
+    def single(self) -> str:
+        """Return the rung below: the same in float32."""
+        return f"{self.reference} float32"
 
 
 class Stage(Found, frozen=True):
@@ -193,7 +210,7 @@ class Report(Found, frozen=True):
 
     @property
     def ladder(self) -> tuple[Rung, ...]:
-        """Return every rung, from PyTorch in float32 down."""
+        """Return every rung, from the reference in float32 down."""
         return (*self.rungs, *(a.rung for a in self.artefacts if a.rung))
 
     @property

@@ -26,7 +26,6 @@ from exporter.records import (
     Timing,
     TuneReport,
 )
-from exporter.reference import TorchSession
 from exporter.renderers import pareto, tuning
 from exporter.tune import search
 from exporter.tune.bench import Bench
@@ -209,7 +208,7 @@ class Search:
         """Hold the choice against float64 PyTorch on the evaluation samples."""
         job = self.bench.job
         inputs, labels, origin = job.held_out
-        truth = TorchSession.of(job.module, job.model.output.name, double=True)
+        truth = job.start.double()
         total = 2 * -(-len(inputs) // job.profile.batch.opt)
         what = f"{chosen.name}: confirm on the {origin}"
         with job.stage(what, total, part="evidence") as advance:

@@ -154,12 +154,31 @@ def test_a_fixed_batch_axis_is_freed(tmp_path, batch):
     assert apart(run(onnx.load(path), inputs[:batch]), got[:batch]) < 1e-6
 
 
-def test_a_batch_axis_that_is_written_into_the_graph_cannot_be_freed(tmp_path):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_axis_that_a_reshape_has_written_into_it_is_freed(tmp_path, batch):
     nodes = [
         make_node("GlobalAveragePool", ["x"], ["p"], "pool"),
         make_node("Reshape", ["p", "shape"], ["y"], "flat"),
     ]
-    path = written(tmp_path / "n.onnx", nodes, [("shape", np.array([1, 3]))], batch=1, gives=3)
+    tensors = [("shape", np.array([batch, -1]))]
+    path = written(tmp_path / "n.onnx", nodes, tensors, batch=batch, gives=3)
+    (got,) = started(path).double()({"x": noise(SHAPE)}).values()
+    assert np.allclose(got, noise(SHAPE).mean((2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"), [("Expand", [1, 3, 1, 1]), ("Reshape", [3, 1]), ("Reshape", [1, 1, 3])]
+)
+def test_a_batch_axis_that_is_written_into_the_graph_otherwise_cannot_be_freed(tmp_path, op, shape):
+    flat = make_node("Reshape", ["q", "flat"], ["y"], "flat")
+    nodes = [
+        make_node("ReduceSum", ["x", "axes"], ["s"], "sum", keepdims=1),
+        make_node(op, ["s", "shape"], ["q"], "other"),
+        flat,
+    ]
+    axes = np.array([0, 2, 3])
+    tensors = [("axes", axes), ("shape", np.array(shape)), ("flat", np.array([1, 3]))]
+    path = written(tmp_path / "n.onnx", nodes, tensors, batch=1, gives=3)
     with refused(InputRefused, "n.onnx: its batch axis is fixed at 1", hint=("dynamic_axes",)):
         started(path)
 

@@ -74,6 +74,8 @@ def make_normal(model: onnx.ModelProto, spec: TensorSpec, *, opset: int) -> Norm
     strip(model)
     if count := _fold_constants(model):
         changes.append(f"{count} nodes that read constants alone computed")
+    if batch is not None:
+        _free_reshapes(model.graph, batch)
     output = _infer(model, batch)
     return Normal(model, spec, output, found, batch, tuple(changes))
 
@@ -188,6 +190,29 @@ def _fold_constants(model: onnx.ModelProto) -> int:
     replace_nodes(model.graph, left)
     drop_unread(model.graph)
     return count
+
+
+def _free_reshapes(graph: onnx.GraphProto, batch: int) -> None:
+    """Let each Reshape to (batch, …) keep the samples that it is given, however many these are.
+
+    One whose first axis is not of samples then gives another shape, or other values for one sample
+    alone, and the file is refused for that.
+    """
+    import numpy as np
+    import onnx
+
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        plain_zero = not any(a.name == "allowzero" and a.i for a in node.attribute)
+        if node.op_type != "Reshape" or node.input[1] not in stored or not plain_zero:
+            continue
+        first, *rest = onnx.numpy_helper.to_array(stored[node.input[1]]).tolist() or [0]
+        if first == batch:
+            name = f"{node.name}.shape"
+            shape = np.array([0, *rest], np.int64)
+            graph.initializer.append(onnx.numpy_helper.from_array(shape, name))
+            node.input[1] = name
+    drop_unread(graph)
 
 
 def _computed(emulator: Emulator, step: Step, constants: Values) -> Values | None:

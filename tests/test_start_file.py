@@ -31,11 +31,13 @@ from test_start_layers import (
 )
 
 import exporter
+from exporter.bench.candidates import Bundle
 from exporter.cli import main
 from exporter.errors import InputRefused
 from exporter.profile import Profile, load_profile
 from exporter.recheck import check_bundle
 from exporter.start.file import OnnxFile
+from exporter.worst_case import Search
 
 QUICK = {
     "batch.max": 8,
@@ -250,7 +252,7 @@ def test_constants_are_computed_and_those_listed_as_inputs_are_none(tmp_path):
     start = started(path)
     assert [n.op_type for n in start.model.graph.node] == ["GlobalAveragePool", "Flatten", "Gemm"]
     assert [v.name for v in start.model.graph.input] == ["x"]
-    assert start.origin[1].changes == ("1 nodes that read constants alone computed",)
+    assert start.origin[1].changes == ("what reads constants alone computed, nodes: 1",)
 
 
 def test_sizes_that_are_left_open_are_said(tmp_path):
@@ -450,6 +452,17 @@ def test_a_bundle_is_checked_with_its_file_again(bundle, tiny_file):
     report = check_bundle(bundle[0], model=tiny_file)
     assert [a.fidelity for a in report.artefacts] == ["pass"] * 3
     assert report.rungs[0].name == "tiny net.onnx float32"
+
+
+def test_the_worst_case_is_searched_against_the_file(bundle, tiny_file, tmp_path):
+    out = shutil.copytree(bundle[0], tmp_path / "bundle")
+    report = check_bundle(out, model=tiny_file, search=Search(steps=2))
+    assert [case.artefact for case in report.worst_cases] == [a.name for a in report.artefacts]
+
+
+def test_a_bundle_of_a_file_is_timed_on_samples_that_fit_its_input(bundle):
+    held_out = Bundle.read(bundle[0], "a", None).held_out
+    assert held_out.inputs.shape == (360, 1, 32, 32)
 
 
 def test_a_bundle_is_not_checked_without_its_file_or_with_another(bundle, tiny_file, tmp_path):

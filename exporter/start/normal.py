@@ -73,7 +73,7 @@ def make_normal(model: onnx.ModelProto, spec: TensorSpec, *, opset: int) -> Norm
     _spell_out_casts(model)
     strip(model)
     if count := _fold_constants(model):
-        changes.append(f"{count} nodes that read constants alone computed")
+        changes.append(f"what reads constants alone computed, nodes: {count}")
     if batch is not None:
         _free_reshapes(model.graph, batch)
     output = _infer(model, batch)

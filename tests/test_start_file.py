@@ -378,6 +378,14 @@ def test_what_cannot_be_started_from_is_refused_by_name(change, tmp_path):
         started(path)
 
 
+def test_what_onnx_runtime_refuses_is_refused_without_saying_where_a_copy_lies(tmp_path):
+    def same_names(model):
+        model.graph.node[1].name = model.graph.node[0].name
+
+    with refused(InputRefused, "n.onnx: ONNX Runtime refuses it: ", "same node name"):
+        started(edited(tmp_path / "n.onnx", same_names))
+
+
 def test_what_another_runtime_computes_otherwise_is_refused(tmp_path, monkeypatch):
     """Say that the emulation had an operator wrong: nothing would be started."""
     from exporter.emulation import OPERATORS

@@ -131,7 +131,8 @@ def _transpose(known: Known, step: Step) -> Made:
 def _split(known: Known, step: Step) -> Made:
     axis = int(step.attributes.get("axis", 0))
     parts = [known.sizes.get(name, []) for name in step.writes]
-    if not known.is_unary(step) or not all(len(part) > abs(axis) for part in parts):
+    told = len(parts) > 1 and all(len(part) > abs(axis) for part in parts)
+    if not known.is_unary(step) or not told:
         return None
     sizes = [part[axis] for part in parts]
     if None in sizes:

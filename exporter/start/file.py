@@ -90,7 +90,10 @@ class OnnxFile:
         found = FileStart(self.file, (self.file, loaded), given.normal.model, self.runtime)
         try:
             _check_same(given, self.runtime)
-        except (BuildError, GraphError) as error:
+        except BuildError as error:
+            reason = str(error).rpartition(" failed:")[2].rstrip(".")  # not where a copy of it is
+            raise InputRefused(f"{self.file}: ONNX Runtime refuses it: {reason}") from error
+        except GraphError as error:
             raise InputRefused(f"{self.file}: {error}", hint=error.hint) from error
         return found
 

@@ -62,11 +62,13 @@ class OnnxOperator(nn.Module):
         for place, name in enumerate(self.step.reads):
             held = getattr(self, f"input{place}", None)
             inputs.append(next(rest) if name and held is None else held)
-        return OPERATORS[self.step.op](self.step.attributes, *inputs)
+        got = OPERATORS[self.step.op](self.step.attributes, *inputs)
+        parts = got if isinstance(got, tuple) else (got,)
+        return parts if len(self.step.writes) > 1 else parts[0]
 
 
 class Layers(NamedTuple):
-    """A graph of layers, and the fates of BatchNorms that are none, as they have no constants."""
+    """A graph of layers, and the fates of the BatchNorms that are none of them."""
 
     module: fx.GraphModule
     fates: tuple[Fate, ...]
@@ -117,7 +119,8 @@ class _Builder:
             kind = type(step.op, (OnnxOperator,), {})  # folding names what is in the way by it
             made = kind(step, self.known.constants)
             if step.op == "BatchNormalization":
-                self.fates.append(Fate(step.name, step.op, False, "it is not of constants alone"))
+                why = "its parameters are computed, or how many axes it reads is not known"
+                self.fates.append(Fate(step.name, step.op, False, why))
         elif step.op in _HOLDS:
             turned = isinstance(made, nn.Linear) and not step.attributes.get("transB")
             holds = tuple(
@@ -138,6 +141,8 @@ class _Builder:
             self.known.values[step.writes[0]] = node
             return
         for place, name in enumerate(step.writes):
+            if not name:
+                continue
             part = self.graph.call_function(operator.getitem, (node, place))
             part.meta["written"] = Written(None)
             self.known.values[name] = part

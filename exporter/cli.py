@@ -25,7 +25,9 @@ from exporter.commands.options import (
     inputs_option,
     model_option,
     network_of,
+    onnx_option,
     size_of,
+    start_of,
     weights_option,
 )
 from exporter.errors import ExportError, ProfileError
@@ -115,6 +117,7 @@ class Percentage(click.ParamType[float]):
 
 @click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
 @model_option
+@onnx_option
 @click.option(
     "-p", "--precision", multiple=True, help="Repeatable, or a,b. Default: all in the profile."
 )
@@ -152,7 +155,7 @@ def main(ctx: click.Context, /, **asked: Any) -> None:
     """Export a network, prove that it still computes the same thing, and time it.
 
     Writes ONNX files and engines in every precision of the profile, compares each with the
-    unfolded PyTorch network in float64, and leaves a report beside them.
+    unfolded network in float64, and leaves a report beside them.
     """
     if ctx.invoked_subcommand:
         ctx.obj = Terminal(_bars, _show)
@@ -192,6 +195,12 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-m", "--model", help="The factory of its network, if it is no built-in one.")
 @click.option(
+    "--onnx",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The ONNX file that it was made from, if it was made from one.",
+)
+@click.option(
     "-w",
     "--weights",
     type=Weights(),
@@ -230,6 +239,7 @@ def parity(
     ctx: click.Context,
     bundle: Path,
     model: str | None,
+    onnx: Path | None,
     weights: Path | Initial | None,
     calibration: str | None,
     data: str | None,
@@ -242,10 +252,12 @@ def parity(
 ) -> None:
     """Compare all that is in BUNDLE once more with the network it was exported from.
 
-    Prints the ladder from float64 PyTorch down to the engines: what each step adds, whether each
+    Prints the ladder from float64 down to the engines: what each step adds, whether each
     artefact computes the graph that was asked for, and for one that does not, the first layer where
     it leaves it. The graphs asked for are made anew; without --worst-case nothing is written.
     """
+    if onnx is not None and (model is not None or weights is not None):
+        raise click.UsageError("--onnx is the network and its weights in one: give it alone")
     with _bars() as progress:
         with progress("load PyTorch", None):
             from rich.console import Console
@@ -255,7 +267,7 @@ def parity(
             from exporter.worst_case import Search
         report = check_bundle(
             bundle,
-            model=None if model is None else load_factory_of(bundle, model),
+            model=onnx if model is None else load_factory_of(bundle, model),
             weights=weights,
             calibration=calibration,
             data=data,
@@ -417,7 +429,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             from exporter import pipeline
             from exporter.renderers import terminal
         report = pipeline.run(
-            network_of(asked["model"], profile.model.args, asked["input_shape"]),
+            start_of(asked, profile.model.args),
             profile,
             asked["out"],
             weights=asked["weights"],

@@ -50,10 +50,9 @@ class Plugin(Asked, frozen=True, kw_only=True):
     """Base of every plug-in: its fields are the keys a profile may set."""
 
 
-class Model(Protocol):
-    """A network, the tensors it takes and gives, and where its weights and samples are.
+class Ends(Protocol):
+    """The tensors that something takes and gives, and its samples.
 
-    Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
     One of several inputs or outputs has those behind the first as ``more_inputs`` and
     ``more_outputs``: see `inputs_of` and `outputs_of`.
     """
@@ -70,6 +69,13 @@ class Model(Protocol):
     def data(self) -> str:
         """Return the name of its samples."""
 
+
+class Model(Ends, Protocol):
+    """A network, the tensors it takes and gives, and where its weights and samples are.
+
+    Fields that it is asked by, where it has them: ``channels`` of the input, and ``classes``.
+    """
+
     @property
     def weights(self) -> Path | None:
         """Return the file of its weights, or None where none ship."""
@@ -78,12 +84,12 @@ class Model(Protocol):
         """Return the network, freshly initialised, in eval mode."""
 
 
-def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
+def inputs_of(model: Ends) -> tuple[TensorSpec, ...]:
     """Return every input of a network, in the order that its forward() takes them in."""
     return (model.input, *getattr(model, "more_inputs", ()))
 
 
-def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
+def outputs_of(model: Ends) -> tuple[TensorSpec, ...]:
     """Return every output of a network, in the order that it gives them in."""
     return (model.output, *getattr(model, "more_outputs", ()))
 
@@ -294,6 +300,7 @@ __all__ = [
     "Advance",
     "Bound",
     "Converted",
+    "Ends",
     "Identity",
     "Model",
     "OnDevice",

@@ -12,22 +12,18 @@ from exporter.errors import GraphError
 from exporter.job import Job
 from exporter.records import Array, OnnxModel
 from exporter.samples import feeds
-from exporter.to_onnx import export_onnx
+from exporter.start import FoldedStart
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
 
 
-def export_source(job: Job, folded: nn.Module, path: Path) -> OnnxModel:
-    """Write the folded network to ``path`` as the FP32 graph. Raises `GraphError`."""
-    return export_onnx(
-        folded,
+def export_source(job: Job, folded: FoldedStart, path: Path) -> OnnxModel:
+    """Write what was folded to ``path`` as the FP32 graph. Raises `GraphError`."""
+    return folded.write(
         path,
-        input=job.input_specs[0],
-        more_inputs=job.input_specs[1:],
-        output=job.output_specs[0],
-        more_outputs=job.output_specs[1:],
+        inputs=job.input_specs,
+        outputs=job.output_specs,
         batch=job.profile.batch,
         opset=job.profile.opset,
     )

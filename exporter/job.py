@@ -18,6 +18,7 @@ import msgspec
 from exporter import environment, samples
 from exporter.contracts import (
     Advance,
+    Ends,
     Model,
     Precision,
     Progress,
@@ -37,7 +38,7 @@ from exporter.data import (
 )
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
-from exporter.network import Network, code_of, kind_of
+from exporter.network import code_of, kind_of
 from exporter.packing import packed_shape, unpack
 from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
@@ -54,11 +55,11 @@ from exporter.records import (
 )
 from exporter.samples import Samples, Split
 from exporter.stages import Stages
+from exporter.start import Start, choose
 from exporter.weights import Loaded
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 _RUNGS = 4  # in PyTorch: float64, float32 and folded, and what one of them is compared in
@@ -76,8 +77,8 @@ class Job:
     """
 
     name: str
-    model: Model
-    module: nn.Module
+    model: Ends
+    start: Start
     weights: str
     loaded: Loaded
     input_specs: tuple[TensorSpec, ...]
@@ -95,7 +96,7 @@ class Job:
     @classmethod
     def resolve(
         cls,
-        model: str | Model,
+        model: str | Model | Path,
         profile: Profile,
         *,
         weights: Path | Initial | None,
@@ -109,21 +110,22 @@ class Job:
     ) -> Job:
         """Return the job. Raises the `ExportError` of whatever is wrong with the request.
 
-        ``data`` and ``calibration`` are what `exporter.data` takes, in place of the model's own. A
+        ``model`` is a network's name or a `Model`, or the path of an ONNX file. ``data`` and
+        ``calibration`` are what `exporter.data` takes, in place of the model's own. A
         job that ``builds`` nothing needs no runtime that could. Calibration samples that are among
         those it is judged on are refused unless ``allow_overlap``.
         """
         stages = Stages(progress)
-        network = Network.choose(model, profile.model.args, input_shape, classes)
+        network = choose(model, profile, input_shape=input_shape, classes=classes)
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
         first = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
         inputs = (first, *inputs_of(chosen)[1:])
         _check_memory(inputs, profile, own=data is None or is_built_in(data))
-        module, origin, loaded = network.build(weights)
-        network.check(module, inputs)
-        module, inputs = _fused(module, inputs, outputs_of(chosen), profile)
+        start = network.start(weights, inputs, profile)
+        inputs = start.inputs
+        origin, loaded = start.origin
         needed = any(precision.needs_calibration for precision in precisions.values())
         specs = outputs_of(chosen)
         labelled = classification(specs)
@@ -147,7 +149,7 @@ class Job:
         return cls(
             name=network.name,
             model=chosen,
-            module=module,
+            start=start,
             weights=origin,
             loaded=loaded,
             input_specs=inputs,
@@ -292,7 +294,7 @@ class Job:
             model=self.name,
             weights=self.weights,
             weights_sha256=self.loaded.sha256,
-            parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            parameters=self.start.parameters,
             input=self.input_specs[0],
             output=self.model.output,
             opset=self.profile.opset,
@@ -302,6 +304,7 @@ class Job:
             more_outputs=self.output_specs[1:],
             more_inputs=self.input_specs[1:],
             given=kind_of(self.model),
+            file=self.start.file,
         )
 
 
@@ -321,18 +324,6 @@ def _runtimes(profile: Profile, *, builds: bool) -> dict[str, Runtime]:
                 hint=remedy(name, reason),
             )
     return runtimes
-
-
-def _fused(
-    module: nn.Module,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    profile: Profile,
-) -> tuple[nn.Module, tuple[TensorSpec, ...]]:
-    """Return the network with what the profile fuses, and the inputs that it then has."""
-    from exporter.fused import fuse
-
-    return fuse(module, inputs, outputs, profile.preprocess, profile.postprocess)
 
 
 def _noise(inputs: tuple[TensorSpec, ...], profile: Profile) -> Array:

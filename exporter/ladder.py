@@ -2,19 +2,19 @@
 
     PyTorch float64 → PyTorch float32 → folded → ONNX FP32 → ONNX FP16, INT8 → engine
 
-`Truth` is the top, on the held-out samples and on noise. `Asked` is one graph that was asked for,
-emulated (`exporter.emulation`). `Ladder` judges one artefact after another: quality, how far its
-outputs are from the top's (`exporter.parity`), and fidelity, whether it computes the graph that was
-asked for (`exporter.fidelity`), end to end and layer by layer.
+Where an ONNX file was started from, that stands in PyTorch's place. `Truth` is the top, on the
+held-out samples and on noise. `Asked` is one graph that was asked for, emulated
+(`exporter.emulation`). `Ladder` judges one artefact after another: quality, how far its outputs are
+from the top's (`exporter.parity`), and fidelity, whether it computes the graph that was asked for
+(`exporter.fidelity`), end to end and layer by layer.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -46,15 +46,14 @@ from exporter.records import (
     TensorSpec,
     Tolerance,
 )
-from exporter.reference import TorchSession
 from exporter.samples import feeds
+from exporter.start import FoldedStart
 from exporter.steps import across
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
 
-TOP, PYTORCH, FOLDED = "PyTorch float64", "PyTorch float32", "folded"
+FOLDED = "folded"
 _HELD_OUT, _NOISE = 8, 4  # samples that fidelity is judged on: it is a figure of many values each
 _LAYERED = 8  # samples whose every tensor is compared
 _EXPORTED = 1e-4  # of a layer's output, which float32 weights move by 1e-7 a layer before it
@@ -63,7 +62,7 @@ _AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """The unfolded network's outputs in float64, and how far float32 PyTorch is from them.
+    """The unfolded reference's outputs in float64, and how far its float32 is from them.
 
     Arrays are (samples, values) float64, by output; ``parities`` are of every output, on the
     held-out samples and then on noise.
@@ -71,28 +70,26 @@ class Truth:
 
     held_out: Outputs
     noise: Outputs
-    pytorch: TorchSession
     parities: tuple[Parity, ...]
     single: Outputs
     folded: tuple[Outputs, Outputs]
-    folded_module: nn.Module
+    folding: FoldedStart
 
     @classmethod
-    def compute(cls, job: Job, folded: nn.Module) -> Truth:
-        """Run the network in float64 and float32, and the folded one in float32."""
-        names = job.output_names
-        double = TorchSession.of(job.module, *names, double=True)
-        single = TorchSession.of(job.module, *names)
-        held_out, noise = job.all_outputs(double, "run PyTorch in float64")
-        got = job.all_outputs(single, "run PyTorch in float32")
-        short = job.all_outputs(TorchSession.of(folded, *names), "run the folded network")
-        with job.stages.quietly("judge PyTorch in float32", part="evidence"):
+    def compute(cls, job: Job, folding: FoldedStart) -> Truth:
+        """Run the reference in float64 and float32, and what was folded in float32."""
+        name = job.source().reference
+        held_out, noise = job.all_outputs(job.start.double(), f"run {name} in float64")
+        with job.start.single() as single:
+            got = job.all_outputs(single, f"run {name} in float32")
+        short = job.all_outputs(folding.session(), "run the folded network")
+        with job.stages.quietly(f"judge {name} in float32", part="evidence"):
             parities = tuple(
                 _compared(job, output, want, have, on_noise=on_noise)
                 for on_noise, want, have in ((False, held_out, got[0]), (True, noise, got[1]))
                 for output in job.output_specs
             )
-        return cls(held_out, noise, single, parities, got[0], short, folded)
+        return cls(held_out, noise, parities, got[0], short, folding)
 
     def few(self, held_out: Outputs, noise: Outputs) -> Outputs:
         """Return the outputs on the samples that fidelity is judged on."""
@@ -131,8 +128,8 @@ def _compared(
 class Asked:
     """A graph that was asked for, and what it gives on a few samples, emulated.
 
-    ``reference`` is None where the graph is FP32 throughout: then it must give what PyTorch gives
-    in float64. ``emulator`` is None where a node has no emulation, and ``unseen`` names it.
+    ``reference`` is None where the graph is FP32 throughout: then it must give what the top of the
+    ladder gives. ``emulator`` is None where a node has no emulation, and ``unseen`` names it.
     """
 
     model: onnx.ModelProto
@@ -140,7 +137,7 @@ class Asked:
     exact: Outputs | None = None
     noisy: Outputs | None = None
     reference: Outputs | None = None
-    against: str = TOP
+    against: str = ""
     unseen: str | None = None
 
     @classmethod
@@ -156,8 +153,8 @@ class Asked:
             with job.stage(what, count, part="evidence") as advance:
                 got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
         except GraphError as error:
-            return cls(model, None, unseen=str(error))
-        reference, against = None, TOP
+            return cls(model, None, against=job.source().top, unseen=str(error))
+        reference, against = None, job.source().top
         if emulator.rounds_to_half:
             reference, against = got["rounded"], f"the {precision} graph with rounding emulated"
         elif emulator.quantises:
@@ -184,8 +181,9 @@ class Ladder:
     outputs: dict[str, Outputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.outputs[TOP] = self.truth.held_out
-        self.outputs[PYTORCH] = self.truth.single
+        source = self.job.source()
+        self.outputs[source.top] = self.truth.held_out
+        self.outputs[source.single] = self.truth.single
         self.outputs[FOLDED] = self.truth.folded[0]
 
     def ask(self, model: onnx.ModelProto, precision: str) -> Asked:
@@ -215,12 +213,12 @@ class Ladder:
         errors = compare_layers(asked.emulator, found, quantising=True)
         return tuple(error for error in errors if error.op in LAYERS)
 
-    def pytorch_rungs(self) -> tuple[Rung, Rung]:
-        """Return the two rungs in PyTorch."""
-        few = self.truth.few(*self.truth.folded)
+    def first_rungs(self) -> tuple[Rung, Rung]:
+        """Return the two rungs below the top: the reference in float32, and folded."""
+        few, source = self.truth.few(*self.truth.folded), self.job.source()
         return (
-            self._rung(PYTORCH, TOP, None),
-            self._rung(FOLDED, PYTORCH, self._fidelity(self.source, few, (), None)),
+            self._rung(source.single, source.top, None),
+            self._rung(FOLDED, source.single, self._fidelity(self.source, few, (), None)),
         )
 
     def judge(
@@ -230,7 +228,7 @@ class Ladder:
 
         Raises `GraphError` or `BuildError` where it cannot be compared at all.
         """
-        what = f"{artefact.name}: compare with PyTorch"
+        what = f"{artefact.name}: compare with {self.job.source().reference}"
         held_out, noise = self.job.all_outputs(session, what)
         layers, unseen = self._layers(artefact, runtime, path, asked)
         with self.job.stages.quietly(f"{artefact.name}: judge", part="evidence"):
@@ -337,28 +335,31 @@ class Ladder:
         return False
 
     def _export_cause(self, asked: Asked) -> str:
-        """Name the first layer that torch.onnx wrote as something else, or the fold."""
+        """Name the first layer that was written as something else, or the fold."""
         assert asked.emulator is not None
-        feed = self.job.feed(2)
-        inputs = [torch.from_numpy(value).double() for value in feed.values()]
-        modules = _layer_outputs(self.truth.folded_module, inputs)
+        feed, folding = self.job.feed(2), self.truth.folding
+        layers = folding.layer_outputs(feed)
         written = {
             step.writes[0]: layer_name(asked.emulator, step)
             for step in asked.emulator.steps
             if step.op in LAYERS
         }
         with torch.inference_mode():
-            named = dict(zip(feed, inputs, strict=True))
-            values = asked.emulator.run(named, watch=list(written))
+            inputs = {name: torch.from_numpy(value).double() for name, value in feed.items()}
+            values = asked.emulator.run(inputs, watch=list(written))
         for tensor, layer in written.items():
-            want = modules.get(layer)
+            want = layers.get(layer)
             off = None if want is None else distance(values[tensor].numpy(), want)
             if off is not None and off > _EXPORTED:
-                return f"torch.onnx wrote {layer!r} as something else than the folded network has"
-        return "the folded network, or how torch.onnx wrote what is no layer, is not the network"
+                said = f"{folding.writer} wrote {layer!r} as something else than the folded network"
+                return f"{said} has"
+        return (
+            f"the folded network, or how {folding.writer} wrote what is no layer, is not the "
+            "network"
+        )
 
     def _above(self, artefact: Artefact, *, is_engine: bool) -> str:
-        """Return the rung an artefact came from: its graph in ONNX, the FP32 one, or PyTorch."""
+        """Return the rung an artefact came from: its graph in ONNX, the FP32 one, or the folded."""
         same = [name for name in self.outputs if name.startswith(f"{artefact.precision} on ")]
         first = [name for name in self.outputs if name.startswith("fp32 on ")]
         if is_engine and same:
@@ -366,7 +367,8 @@ class Ladder:
         return first[0] if first and artefact.precision != "fp32" else FOLDED
 
     def _rung(self, name: str, above: str, fidelity: Fidelity | None) -> Rung:
-        got, over, top = (self.outputs[rung] for rung in (name, above, TOP))
+        top = self.truth.held_out
+        got, over = self.outputs[name], self.outputs[above]
         return Rung(
             name=name,
             above=above,
@@ -394,22 +396,6 @@ class Ladder:
                 differ = mine.argmax(axis=1) != theirs.argmax(axis=1)
                 flipped = differ if flipped is None else flipped | differ
         return None if flipped is None else int(flipped.sum())
-
-
-def _layer_outputs(module: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Array]:
-    """Return what each layer of a network gives, in float64, by its name."""
-    double = deepcopy(module).double()
-    found: dict[str, Array] = {}
-    for name, layer in double.named_modules():
-
-        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, torch.Tensor):
-                found.setdefault(name, output.numpy())
-
-        layer.register_forward_hook(keep)
-    with torch.inference_mode():
-        double(*inputs)
-    return found
 
 
 def _farthest(one: Outputs, other: Outputs) -> float | None:

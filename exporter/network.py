@@ -1,28 +1,38 @@
-"""The network of a run: which one, with which weights, and whether it takes the input.
+"""The network of a run: which one, with which weights, whether it takes the input, and folded.
 
 A built-in is asked for by name, a factory's network or any other `Model` is given; values that
-nobody trained are only taken where they are asked for.
+nobody trained are only taken where they are asked for. A run starts at it (`exporter.start`) in
+PyTorch: that computes it in float64 and float32, and torch.onnx writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from exporter.checkpoints import read_checkpoint
-from exporter.contracts import Model, outputs_of
+from exporter.contracts import Ends, Model, Session, outputs_of
 from exporter.errors import InputRefused
 from exporter.factories import FactoryModel, GivenModel
+from exporter.fold import fold_batchnorm
+from exporter.fused import fuse
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.outputs import check_outputs
 from exporter.plugins import load_model
-from exporter.records import TensorSpec
+from exporter.profile import Profile
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.reference import TorchSession
+from exporter.to_onnx import export_onnx
 from exporter.weights import Loaded, fit_weights
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from exporter.fold.same import Example
 
 
 class Network(NamedTuple):
@@ -65,6 +75,17 @@ class Network(NamedTuple):
                 else None,
             )
         return cls(name, model)
+
+    def start(
+        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+    ) -> NetworkStart:
+        """Return it with its weights and with what the profile fuses. Raises `InputRefused`."""
+        module, origin, loaded = self.build(weights)
+        self.check(module, inputs)
+        outputs = outputs_of(self.model)
+        module, inputs = fuse(module, inputs, outputs, profile.preprocess, profile.postprocess)
+        names = tuple(output.name for output in outputs)
+        return NetworkStart(module, inputs, names, (origin, loaded))
 
     def build(self, weights: Path | Initial | None) -> tuple[nn.Module, str, Loaded]:
         """Return the module with its weights, where they are from in words, and what was loaded.
@@ -141,11 +162,87 @@ class Network(NamedTuple):
             raise InputRefused(f"{self.name} says that it gives {said} values, not {found}")
 
 
-def code_of(model: Model) -> str | None:
+@dataclass(frozen=True, slots=True)
+class NetworkStart:
+    """A network in PyTorch, where a run starts."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    origin: tuple[str, Loaded]
+    file: None = None
+    timed: ClassVar[str] = "PyTorch eager, fp32"
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def double(self) -> Session:
+        return TorchSession.of(self.module, *self.outputs, double=True)
+
+    def single(self) -> AbstractContextManager[Session]:
+        return nullcontext(TorchSession.of(self.module, *self.outputs))
+
+    def fold(self, example: Example, *, double: bool = False) -> FoldedNetwork:
+        module = deepcopy(self.module).double() if double else self.module
+        folded = fold_batchnorm(module, example)
+        return FoldedNetwork(folded.module, self.outputs, folded.fates)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedNetwork:
+    """A network in PyTorch with its BatchNorms folded, and what became of each."""
+
+    module: nn.Module
+    outputs: tuple[str, ...]
+    fates: tuple[Fate, ...] = ()
+    writer: ClassVar[str] = "torch.onnx"
+
+    def session(self, *, double: bool = False) -> Session:
+        return TorchSession.of(self.module, *self.outputs, double=double)
+
+    def write(
+        self,
+        path: Path,
+        *,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        batch: BatchRange,
+        opset: int,
+    ) -> OnnxModel:
+        return export_onnx(
+            self.module,
+            path,
+            input=inputs[0],
+            more_inputs=inputs[1:],
+            output=outputs[0],
+            more_outputs=outputs[1:],
+            batch=batch,
+            opset=opset,
+        )
+
+    def layer_outputs(self, feed: Feed) -> dict[str, Array]:
+        import torch
+
+        found: dict[str, Array] = {}
+        double = deepcopy(self.module).double()
+        for name, layer in double.named_modules():
+
+            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, torch.Tensor):
+                    found.setdefault(name, output.numpy())
+
+            layer.register_forward_hook(keep)
+        with torch.inference_mode():
+            double(*(torch.from_numpy(value).double() for value in feed.values()))
+        return found
+
+
+def code_of(model: Ends) -> str | None:
     """Return the factory that made it, and with what, or None for a network that none made."""
     return model.code if isinstance(model, FactoryModel) else None
 
 
-def kind_of(model: Model) -> str | None:
+def kind_of(model: Ends) -> str | None:
     """Return the class of the module that a program gave, or None for a network that none did."""
     return model.kind if isinstance(model, GivenModel) else None

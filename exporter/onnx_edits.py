@@ -25,3 +25,12 @@ def replace_constants(graph: onnx.GraphProto, values: Mapping[str, Array]) -> No
     for tensor in graph.initializer:
         if tensor.name in values:
             tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Take out the constants that no node reads."""
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(copies)

@@ -150,7 +150,7 @@ def compare_outputs(
     """Return the distance between two arrays of one output, both (samples, values).
 
     ``labels`` (samples,) adds accuracy; without them, say on noise, one class alone is no lack.
-    ``noise_floor``, float32 PyTorch's own relative error, adds the error as a multiple of it.
+    ``noise_floor``, the float32 reference's own relative error, adds the error as a multiple of it.
     ``output`` names one of several, and without ``has_classes`` there are no figures of classes.
     Raises `GraphError` if the shapes differ or are empty.
     """

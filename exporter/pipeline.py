@@ -4,6 +4,7 @@
        │                                                                 │                  │
        └── float64: the truth ◀────────────────── compared with ─────────┴──────────────────┘
 
+Where it starts, at PyTorch or at an ONNX file of somebody's, is `exporter.start`'s to know.
 `exporter.job` has found everything that can be wrong on paper by then; everything is written into a
 folder that gets its name only when it is whole.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
-from exporter.fold import Folded, fold_batchnorm
 from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
@@ -45,20 +44,19 @@ from exporter.records import (
     Report,
     Variant,
 )
-from exporter.reference import TorchSession
 from exporter.renderers import markdown, plots, record
+from exporter.start import FoldedStart
 from exporter.version import TOOL
 
 if TYPE_CHECKING:
     import onnx
 
-PYTORCH = "PyTorch eager, fp32"
 _USEFUL = 0.5  # accuracy below which a network's labels are hardly worth preserving
 _FOLD_SAMPLES = 8  # enough to see a wrong fold, whose error is some 1e13 times that of a right one
 
 
 def run(
-    model: str | Model,
+    model: str | Model | Path,
     profile: Profile,
     out: Path,
     *,
@@ -72,13 +70,14 @@ def run(
 ) -> Report:
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
-    ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract.
-    ``weights`` replaces its own (see `load_weights`; "random" are values from a seed, "factory"
-    those that a factory made), ``input_shape`` its own (C, H, W), ``classes`` their number,
-    ``data`` its own samples by any that `exporter.data` takes, in words or in memory, and
-    ``calibration``, such data or one array (N, C, H, W) float32, the draw from those; samples that
-    the result is judged on are refused there unless ``allow_overlap``. Words with a colon name
-    code, which is run. The bundle ``out`` is written whole or not at all.
+    ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract; a path is
+    an ONNX file's, which is network and weights in one. ``weights`` replaces its own (see
+    `load_weights`; "random" are values from a seed, "factory" those that a factory made),
+    ``input_shape`` its own (C, H, W), ``classes`` their number, ``data`` its own samples by any
+    that `exporter.data` takes, in words or in memory, and ``calibration``, such data or one array
+    (N, C, H, W) float32, the draw from those; samples that the result is judged on are refused
+    there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle ``out``
+    is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -98,16 +97,17 @@ def run(
         allow_overlap=allow_overlap,
     )
     with job.stage("fold BatchNorm"):
-        folded = fold_batchnorm(job.module, job.example())
+        folded = job.start.fold(job.example())
     with new_bundle(out) as folder, job.threads(), ExitStack() as sessions:
         with job.stage("export to ONNX"):
-            source = export_source(job, folded.module, folder / f"{job.name}.fp32.onnx")
-        truth = Truth.compute(job, folded.module)
+            source = export_source(job, folded, folder / f"{job.name}.fp32.onnx")
+        truth = Truth.compute(job, folded)
         fold = _check_fold(job, folded, truth)
         graph = onnx.load(source.path)
         ladder = Ladder(job, truth, Asked.of(job, graph, "fp32"))
-        rungs = ladder.pytorch_rungs()
-        bench = _Bench(job, ladder, sessions, timed={PYTORCH: truth.pytorch})
+        rungs = ladder.first_rungs()
+        reference = sessions.enter_context(job.start.single())
+        bench = _Bench(job, ladder, sessions, timed={job.start.timed: reference})
         variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)
         with job.stages.quietly("write the profile and the plot", part="other"):
@@ -141,11 +141,10 @@ def run(
 # ── What the figures rest on ────────────────────────────────────────────────────────
 
 
-def _check_fold(job: Job, folded: Folded, truth: Truth) -> FoldRecord:
+def _check_fold(job: Job, folded: FoldedStart, truth: Truth) -> FoldRecord:
     """Fold again in float64: what is left between the two is rounding, or the fold is wrong."""
     with job.stage("check the fold in float64", part="evidence"):
-        exact = fold_batchnorm(deepcopy(job.module).double(), job.example()).module
-        session = TorchSession.of(exact, *job.output_names, double=True)
+        session = job.start.fold(job.example(), double=True).session(double=True)
         got = job.outputs(session, job.held_out.inputs[:_FOLD_SAMPLES])
     errors = [
         compare_outputs(truth.held_out[name][: len(found)], found, inputs="").rel_l2

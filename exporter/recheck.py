@@ -24,7 +24,6 @@ from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, load_factory
-from exporter.fold import fold_batchnorm
 from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
@@ -34,8 +33,7 @@ from exporter.onnx_files import check_onnx
 from exporter.packing import unpack
 from exporter.parity import check_same_interface
 from exporter.profile import load_profile
-from exporter.records import Artefact, Report, TensorSpec, Variant
-from exporter.reference import TorchSession
+from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
 from exporter.worst_case import Found, Search, search_worst_case
@@ -46,7 +44,7 @@ _WORST = "worst-case"
 def check_bundle(
     folder: Path,
     *,
-    model: Model | nn.Module | None = None,
+    model: Model | nn.Module | Path | None = None,
     weights: Path | Initial | None = None,
     calibration: Data | None = None,
     data: Data | None = None,
@@ -68,19 +66,7 @@ def check_bundle(
     another interface fails its artefact alone.
     """
     manifest, before = read_bundle(folder)
-    if before.source.factory and model is None:
-        raise InputRefused(
-            f"the bundle's network was made by {before.source.factory}, and a bundle's word does "
-            "not run code",
-            hint="name the factory with --model, as package.module:factory or file.py:factory",
-        )
-    if before.source.given and model is None:
-        raise InputRefused(
-            f"the bundle's network was given in memory, as a {before.source.given}, and the bundle "
-            "does not hold it",
-            hint="name a factory that makes it with --model, or call exporter.check_bundle(folder, "
-            "model=module)",
-        )
+    _check_start(model, before.source)
     profile = load_profile(folder / "profile.toml")
     shape = profile.preprocess.channels_first(before.source.input.shape)
     if isinstance(model, nn.Module):
@@ -100,13 +86,13 @@ def check_bundle(
     _check_sources(job, before)
     intact = {file.name for file in manifest.files if is_intact(file, folder)}
     with job.stage("fold BatchNorm"):
-        folded = fold_batchnorm(job.module, job.example()).module
+        folded = job.start.fold(job.example())
     with TemporaryDirectory() as scratch, job.threads():
         with job.stage("export to ONNX again"):
             path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
         graph = onnx.load(path)
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
-        rungs = ladder.pytorch_rungs()
+        rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
         bundle = _Bundle(job, folder, intact, ladder, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
@@ -152,6 +138,33 @@ def _classes(before: Report) -> int | None:
     return only[0].shape[0] if len(only) == 1 and only[0].has_classes else None
 
 
+def _check_start(model: Model | nn.Module | Path | None, before: Source) -> None:
+    """Raise `InputRefused` unless what the bundle was made from is given, where it must be."""
+    if before.factory and model is None:
+        raise InputRefused(
+            f"the bundle's network was made by {before.factory}, and a bundle's word does not run "
+            "code",
+            hint="name the factory with --model, as package.module:factory or file.py:factory",
+        )
+    if before.given and model is None:
+        raise InputRefused(
+            f"the bundle's network was given in memory, as a {before.given}, and the bundle does "
+            "not hold it",
+            hint="name a factory that makes it with --model, or call exporter.check_bundle(folder, "
+            "model=module)",
+        )
+    if before.file and not isinstance(model, Path):
+        raise InputRefused(
+            f"the bundle was made from the ONNX file {before.file!r}, which is not in it",
+            hint="give that file with --onnx",
+        )
+    if isinstance(model, Path) and not before.file:
+        raise InputRefused(
+            f"the bundle was made from the network {before.model!r}, and not from an ONNX file",
+            hint="leave out --onnx",
+        )
+
+
 def _check_sources(job: Job, before: Report) -> None:
     """Raise `InputRefused` unless weights, samples and profile are those of the bundle's report.
 
@@ -170,7 +183,7 @@ def _check_sources(job: Job, before: Report) -> None:
         raise InputRefused(
             f"the bundle was made from weights {before.source.weights!r} of SHA-256 "
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
-            hint="give the same with --weights",
+            hint=f"give the same with {'--onnx' if before.source.file else '--weights'}",
         )
     check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
@@ -279,7 +292,7 @@ def _search(
         )
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")
-    truth = TorchSession.of(job.module, *job.output_names, double=True)
+    truth = job.start.double()
     what = f"{artefact.name}: search the worst case"
     with job.stage(what, search.steps, part="evidence") as advance:
         found = search_worst_case(

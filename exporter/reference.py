@@ -1,19 +1,23 @@
-"""PyTorch as a session, so that the reference is run, timed and compared like everything else.
+"""References as sessions, so that they are run, timed and compared like everything else.
 
-In float64 it is the truth that artefacts are compared with; in float32 it is the baseline for
-latency, and its own distance from float64 is the noise floor that errors are counted in.
+A PyTorch module, or an ONNX graph as `exporter.emulation` computes it. In float64 it is the truth
+that artefacts are compared with. In float32 a module is the baseline for latency, and its own
+distance from float64 is the noise floor that errors are counted in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from exporter.emulation import Emulator
 from exporter.outputs import flatten
 from exporter.records import Feed, Outputs
 
 if TYPE_CHECKING:
+    import onnx
     import torch
     from torch import nn
 
@@ -64,3 +68,33 @@ class _Bound:
         assert self.last is not None  # a run came before
         found = flatten(self.last).values()
         return {n: value.numpy() for n, value in zip(self.session.names, found, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSession:
+    """An ONNX graph as its operators are meant, computed in the emulator's type on the CPU."""
+
+    emulator: Emulator
+    threads: int
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, *, double: bool = False) -> GraphSession:
+        """Read a graph. Raises `GraphError` for an operator that has no emulation."""
+        import torch
+
+        emulator = Emulator.of(model)
+        return cls(emulator if double else emulator.in_float32(), torch.get_num_threads())
+
+    def __call__(self, feed: Feed) -> Outputs:
+        return self.bind(feed)()
+
+    def bind(self, feed: Feed) -> Callable[[], Outputs]:
+        import torch
+
+        tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
+
+        def run() -> Outputs:
+            with torch.inference_mode():
+                return {name: got.numpy() for name, got in self.emulator.run(tensors).items()}
+
+        return run

@@ -11,7 +11,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -71,8 +71,8 @@ def export_onnx(
     assert program is not None  # only None when a path is given
     model = program.model_proto
     _name_outputs(model, [spec.name for spec in (output, *more_outputs)])
-    _name_by_module(model)
-    _strip(model)
+    name_nodes(model, lambda node: module_of(node) or node.op_type)
+    strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -105,28 +105,36 @@ def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
             side[:] = [renamed.get(name, name) for name in side]
 
 
-def _name_by_module(model: onnx.ModelProto) -> None:
-    """Name each node after the module it came from, say ``block2.0.conv1``, uniquely."""
-    taken: Counter[str] = Counter()
+def name_nodes(model: onnx.ModelProto, layer_of: Callable[[onnx.NodeProto], str]) -> None:
+    """Name each node after the layer that it is or belongs to, say ``block2.0/Add``, uniquely."""
+    seen: Counter[str] = Counter()
+    taken: set[str] = set()
     for node in model.graph.node:
-        metadata = {entry.key: entry.value for entry in node.metadata_props}
-        name = _module_of(metadata.get(_SCOPES, "")) or node.op_type
+        name = layer_of(node)
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"):
             name = f"{name}/{node.op_type}"
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+        node.name = name
+        while node.name in taken or not seen[name]:
+            seen[name] += 1
+            node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        taken.add(node.name)
 
 
-def _module_of(scopes: str) -> str:
-    """Return the innermost module's path; scopes read ``['', 'block2', 'block2.conv1', op]``."""
+def module_of(node: onnx.NodeProto) -> str:
+    """Return the path of the innermost module that torch.onnx says a node came from, or nothing.
+
+    Its scopes read ``['', 'block2', 'block2.conv1', op]``.
+    """
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     try:
         names = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # others write files too
         return ""
-    return next((name for name in reversed(names[:-1]) if name), "")
+    inner = names[:-1] if isinstance(names, list) else []
+    return next((name for name in reversed(inner) if name and isinstance(name, str)), "")
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def strip(model: onnx.ModelProto) -> None:
     """Take out what only says how the file came to be."""
     graph = model.graph
     model.producer_name, model.producer_version = "resnet-export", ""

@@ -420,6 +420,11 @@ def test_a_gather_counts_from_either_end(axis, indices):
     check("Gather", P, indices, axis=axis)
 
 
+def test_a_gather_of_one_number_gives_a_number():
+    """As exporters write ``x.shape[0]``."""
+    check("Gather", np.array([4, 5, 6]), np.array(1))
+
+
 @pytest.mark.parametrize(
     ("indices", "shared"),
     [

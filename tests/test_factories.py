@@ -249,10 +249,10 @@ def test_a_built_in_network_is_initialised_from_a_seed_as_pytorch_does(net):
     assert job.source().weights == "random, as PyTorch initialises them, from seed 0"
     assert job.source().output.shape == (7,)
     assert job.held_out.inputs.shape == (360, 4, 32, 32)
-    assert len(job.module.get_submodule("layer1")) == 1
+    assert len(job.start.module.get_submodule("layer1")) == 1
     torch.manual_seed(0)
     again = job.model.module()
-    for key, value in job.module.state_dict().items():
+    for key, value in job.start.module.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
     with refused(InputRefused, "resnet50 is built in", hint=("--weights random",)):
         resolve("resnet50", weights="factory")
@@ -269,7 +269,7 @@ def test_a_file_of_weights_goes_into_a_factorys_network(net, tmp_path):
     save_file(trained, path := tmp_path / "w.safetensors")
     job = resolve(model, weights=path)
     assert job.weights == "w.safetensors"
-    assert all(torch.equal(v, trained[k]) for k, v in job.module.state_dict().items())
+    assert all(torch.equal(v, trained[k]) for k, v in job.start.module.state_dict().items())
     assert not torch.equal(model.network.fc.weight, trained["fc.weight"])
 
 

@@ -21,9 +21,9 @@ from exporter.calibration import calibrate
 from exporter.contracts import Converted, Plugin, silent
 from exporter.errors import BuildError, GraphError
 from exporter.fold import fold_batchnorm
-from exporter.graphs import convert_all
+from exporter.graphs import convert_all, export_source
 from exporter.job import Job
-from exporter.ladder import FOLDED, PYTORCH, TOP, Asked, Ladder, Truth
+from exporter.ladder import FOLDED, Asked, Ladder, Truth
 from exporter.plugins import load_precision
 from exporter.profile import load_profile
 from exporter.records import Artefact, BatchRange, TensorSpec
@@ -31,6 +31,7 @@ from exporter.runtimes.ort_cpu import OrtCpu
 from exporter.samples import feeds
 from exporter.to_onnx import export_onnx
 
+TOP, PYTORCH = "PyTorch float64", "PyTorch float32"
 QUICK = {"parity.random": 8, "calibration.images": 16, "batch.max": 8}
 GRAPHS = ("fp32", "fp16", "int8", "int8 in fp16", "int8 plain", "int8 plain in fp16")
 NAME = {name: name.split()[0] for name in GRAPHS}
@@ -49,20 +50,14 @@ def resolve(model, **overrides) -> Job:
 
 
 def ladder_of(job: Job, folder: Path) -> Ladder:
-    folded = fold_batchnorm(job.module, job.example()).module
-    path = export_onnx(
-        folded,
-        folder / "a.onnx",
-        input=job.input_specs[0],
-        output=job.model.output,
-        batch=job.profile.batch,
-    ).path
+    folded = job.start.fold(job.example())
+    path = export_source(job, folded, folder / "a.onnx").path
     return Ladder(job, Truth.compute(job, folded), Asked.of(job, onnx.load(path), "fp32"))
 
 
 def test_any_number_of_noise_samples_is_compared(tiny_model, tmp_path):
     job = resolve(tiny_model, **{"parity.random": 1})
-    folded = ladder_of(job, tmp_path).pytorch_rungs()[1]
+    folded = ladder_of(job, tmp_path).first_rungs()[1]
     assert folded.fidelity.samples == 9
     assert folded.fidelity.verdict == "pass"
 
@@ -173,7 +168,7 @@ def test_figures_of_a_rung_follow_from_its_outputs(judge, ladder, asked):
 
 
 def test_the_rungs_in_pytorch_are_its_own_error_and_the_fold(ladder, tiny_module):
-    single, folded = ladder.pytorch_rungs()
+    single, folded = ladder.first_rungs()
     assert (single.name, single.above, single.fidelity) == (PYTORCH, TOP, None)
     assert (folded.name, folded.above, folded.fidelity.verdict) == (FOLDED, PYTORCH, "pass")
     x = torch.from_numpy(ladder.job.held_out.inputs)
@@ -188,7 +183,7 @@ def test_a_fold_that_is_wrong_fails_before_anything_is_exported(ladder):
     off = tuple({"logits": part["logits"] * (1 + 1e-4)} for part in ladder.truth.folded)
     truth = dataclasses.replace(ladder.truth, folded=off)
     wrong = Ladder(ladder.job, truth, ladder.source)
-    assert wrong.pytorch_rungs()[1].fidelity.verdict == "fail"
+    assert wrong.first_rungs()[1].fidelity.verdict == "fail"
 
 
 def test_addends_may_change_places(judge, asked):
@@ -491,11 +486,9 @@ def test_a_layer_that_the_exporter_wrote_wrongly_is_its_fault_and_not_the_runtim
 ):
     """Then the file is what was asked for, and what was asked for is not the network."""
     job = resolve(tiny_model)
-    folded = fold_batchnorm(job.module, job.example()).module
+    folded = job.start.fold(job.example())
     path = tmp_path / "a.onnx"
-    export_onnx(
-        folded, path, input=job.input_specs[0], output=job.model.output, batch=job.profile.batch
-    )
+    export_source(job, folded, path)
     graph = onnx.load(path)
     weight = next(t for t in graph.graph.initializer if t.name == "block2.0.conv2.weight")
     flipped = onnx.numpy_helper.to_array(weight)[:, :, ::-1, ::-1].copy()

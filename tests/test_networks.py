@@ -329,7 +329,7 @@ def test_it_is_exported_with_weights_at_as_many_channels_as_are_asked_for(channe
     save_file(model.module().state_dict(), path := tmp_path / "googlenet.safetensors")
     job = resolve("googlenet", tmp_path, weights=path, input_shape=(channels, 64, 64))
     assert job.held_out.inputs.shape == (360, channels, 64, 64)
-    assert job.module.get_parameter("conv1.conv.weight").shape == (64, channels, 7, 7)
+    assert job.start.module.get_parameter("conv1.conv.weight").shape == (64, channels, 7, 7)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -76,7 +76,8 @@ def _held_out(report: Report, profile: Profile, own: str, data: Data | None) -> 
 def _own_data(report: Report, model: Model | None, profile: Profile) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
     shape = profile.preprocess.channels_first(report.source.input.shape)
-    if model is None and (report.source.factory or report.source.given):
+    source = report.source
+    if model is None and (source.factory or source.given or source.file):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data
 

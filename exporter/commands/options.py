@@ -105,6 +105,28 @@ model_option = click.option(
 )
 
 
+onnx_option = click.option(
+    "--onnx",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Start from this ONNX file, in place of --model and --weights.",
+)
+
+
+def start_of(asked: dict[str, Any], args: dict[str, Any]) -> str | FactoryModel | Path:
+    """Return what to start from: the path of an ONNX file, or as `network_of`."""
+    if asked["onnx"] is None:
+        return network_of(asked["model"], args, asked["input_shape"])
+    source = click.get_current_context().get_parameter_source
+    for option in ("model", "weights", "classes"):
+        if source(option) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--onnx is the network and its weights in one: leave out --{option}"
+            )
+    path: Path = asked["onnx"]
+    return path
+
+
 def network_of(model: str, args: dict[str, Any], input_shape: InputShape) -> str | FactoryModel:
     """Return a built-in network's name as it is, and what a factory makes that was named.
 

@@ -53,7 +53,7 @@ def _spatial(a: Attributes, key: str, w: Tensor, default: int = 1) -> list[int]:
     return list(a.get(key, [default] * (w.ndim - 2)))
 
 
-def _pads(
+def pads_of(
     a: Attributes,
     size: Sequence[int],
     kernel: Sequence[int],
@@ -84,7 +84,7 @@ def _padded(
     value: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """Return x with what must be padded by hand, and the padding that is left to the layer."""
-    pads = _pads(a, x.shape[2:], kernel, strides, dilations)
+    pads = pads_of(a, x.shape[2:], kernel, strides, dilations)
     begins, ends = pads[: len(kernel)], pads[len(kernel) :]
     if begins == ends and value == 0.0:
         return x, begins
@@ -116,7 +116,7 @@ def _max_pool(a: Attributes, x: Tensor) -> Tensor:
     padded, _ = _padded(a, x, kernel, strides, dilations, -math.inf)
     run = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
     y: Tensor = run(padded, kernel, strides, 0, dilations, bool(a.get("ceil_mode", 0)))
-    return y[_windows(x, strides, _pads(a, x.shape[2:], kernel, strides, dilations))]
+    return y[_windows(x, strides, pads_of(a, x.shape[2:], kernel, strides, dilations))]
 
 
 def _windows(x: Tensor, strides: Sequence[int], pads: Sequence[int]) -> tuple[Any, ...]:
@@ -132,7 +132,7 @@ def average_windows(a: Attributes, x: Tensor) -> tuple[Tensor, Tensor]:
     strides = a.get("strides", [1] * len(kernel))
     if any(d != 1 for d in a.get("dilations", ())):
         raise NotImplementedError("dilations")
-    pads = _pads(a, x.shape[2:], kernel, strides, [1] * len(kernel))
+    pads = pads_of(a, x.shape[2:], kernel, strides, [1] * len(kernel))
     begins, ends = pads[: len(kernel)], pads[len(kernel) :]
     sides = [n for side in zip(reversed(begins), reversed(ends), strict=True) for n in side]
     counted = torch.ones_like(x[:1, :1])
@@ -304,7 +304,7 @@ def _slice(
 def _gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     axis = a.get("axis", 0) % x.ndim
     chosen = x.index_select(axis, indices.flatten() % x.shape[axis])
-    return chosen.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return chosen.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _gather_nd(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:

@@ -75,7 +75,14 @@ from exporter.fold.tracing import trace
 from exporter.fold.truth import AGREES, Truth
 from exporter.records import Fate
 
-__all__ = ["ChannelClamp", "ChannelScale", "ChannelShift", "Folded", "fold_batchnorm"]
+__all__ = [
+    "ChannelClamp",
+    "ChannelScale",
+    "ChannelShift",
+    "Folded",
+    "fold_batchnorm",
+    "fold_traced",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +114,26 @@ def fold_batchnorm(
     BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
     """
     dtype = _floating_dtype(module)
-    kind = type(module).__name__
     given = None if example is None else _given(example, dtype)
     traced, uncalled = trace(module, given)
+    folded = fold_traced(traced, given, dtype, copy_weights=copy_weights)
+    fates = (*map(partial(_named_as, module), folded.fates), *uncalled)
+    return replace(folded, fates=fates)
+
+
+def fold_traced(
+    traced: fx.GraphModule,
+    given: Example | None,
+    dtype: torch.dtype,
+    *,
+    copy_weights: bool = False,
+) -> Folded:
+    """Fold as `fold_batchnorm` does in a graph of layers, which may be changed.
+
+    ``given`` is a batch of each input, ``dtype`` the type that the result has, and raises are the
+    same.
+    """
+    kind = type(traced).__name__
     if given is not None:
         try:
             note_shapes(traced, given)
@@ -127,7 +151,7 @@ def fold_batchnorm(
         except _Wrong as found:
             wrong[found.node] = f"folding it moves the network's values by {found.error:.1e}"
         else:
-            return Folded(_finished(graph), (*map(partial(_named_as, module), fates), *uncalled))
+            return Folded(_finished(graph), fates)
 
 
 def _given(example: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype) -> Example:

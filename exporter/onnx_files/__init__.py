@@ -29,10 +29,11 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # the last is ONNX Run
 _SHOWN = 5
 
 
-def check_onnx(path: Path, *, runs: bool) -> None:
+def check_onnx(path: Path, *, runs: bool, sizes: tuple[int, ...] = ()) -> None:
     """Check an ONNX file, and if it is to be run, that one run of it comes to an end.
 
-    A file that nobody runs may have custom operators, and its external data may be gone. Raises
+    A file that nobody runs may have custom operators, and its external data may be gone. ``sizes``
+    are what an input's sizes behind its batch axis are that the file leaves open. Raises
     `InputRefused` saying what in it is not as it must be, and `OutOfMemory`.
     """
     name = plain(path.name)
@@ -46,7 +47,8 @@ def check_onnx(path: Path, *, runs: bool) -> None:
                 found = f"it has {size:,} bytes, and a protocol buffer {LARGEST_FILE:,} at the most"
                 raise InputRefused(found if size else "an empty file")
             outside = _check_outline(read_outline(stream, size), path, runs=runs)
-            check_isolated(stream, size, run=path if runs else None, outside=outside)
+            run = path if runs else None
+            check_isolated(stream, size, run=run, outside=outside, sizes=sizes)
     except OSError as error:
         raise InputRefused(f"{name}: cannot be read: {error.strerror or error}") from error
     except ExportError as error:

@@ -1,10 +1,11 @@
 """The process that first parses an ONNX file, run as a script.
 
-    python _child.py FOLDER MEMORY SECONDS RUN < MODEL
+    python _child.py FOLDER MEMORY SECONDS RUN SIZES < MODEL
 
 It leaves FOLDER/outcome.json: ``{}``, or what was refused. MEMORY is in bytes, beyond what the
 libraries take. With RUN the path of the model, it is also loaded by ONNX Runtime and run once on
-zeros, a batch of one; RUN is empty for one that is not.
+zeros, a batch of one; RUN is empty for one that is not. SIZES, as ``3,224,224``, are what sizes of
+an input behind its batch axis are that the model leaves open; it may be empty.
 
 It imports nothing of the package but `exporter.limits`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ class Refused(Exception):
     """What the model has that cannot be used."""
 
 
-def check(data: bytes) -> list[str]:
+def check(data: bytes, sizes: list[int]) -> list[str]:
     """Return which tensors' shapes do not follow from the graph. Raises `Refused`."""
     import onnx
 
@@ -48,14 +50,14 @@ def check(data: bytes) -> list[str]:
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if not 1 <= opset <= newest:
         raise Refused(f"it uses operator set {opset}, where 1 to {newest} are known")
-    single = _without_numbers(model)
+    single = _without_numbers(model, sizes)
     onnx.checker.check_model(single)
     inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
     return list(_unknown(inferred))
 
 
-def _without_numbers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model for a batch of one, its large constants as inputs."""
+def _without_numbers(model: onnx.ModelProto, sizes: list[int]) -> onnx.ModelProto:
+    """Return the model for a batch of one of these sizes, its large constants as inputs."""
     import onnx
 
     single = onnx.ModelProto()
@@ -71,6 +73,10 @@ def _without_numbers(model: onnx.ModelProto) -> onnx.ModelProto:
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = 1
+    for value in graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], sizes, strict=False):
+            if not dim.HasField("dim_value"):
+                dim.dim_value = size
     for tensor in stored.values():
         if prod(tensor.dims) <= _SMALL and not tensor.external_data:
             graph.initializer.append(tensor)
@@ -106,8 +112,8 @@ def _unknown(graph: onnx.GraphProto) -> Any:
     yield from (name for name in kinds if name and name not in known)
 
 
-def run_once(path: str) -> None:
-    """Load the model with ONNX Runtime, and run it on zeros, a batch of one."""
+def run_once(path: str, sizes: list[int]) -> None:
+    """Load the model with ONNX Runtime, and run it on zeros, a batch of one of these sizes."""
     import numpy as np
     import onnxruntime as ort
 
@@ -118,7 +124,8 @@ def run_once(path: str) -> None:
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {}
     for given in session.get_inputs():
-        shape = [size if isinstance(size, int) else 1 for size in given.shape]
+        said = zip_longest(given.shape, [1, *sizes][: len(given.shape)], fillvalue=1)
+        shape = [size if isinstance(size, int) else other for size, other in said]
         feed[given.name] = np.zeros(shape, _NUMPY.get(given.type, "float32"))
     session.run(None, feed)
 
@@ -139,7 +146,7 @@ def _no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def main(folder: Path, memory: int, seconds: int, run: str) -> None:
+def main(folder: Path, memory: int, seconds: int, run: str, sizes: list[int]) -> None:
     import onnx  # noqa: F401 - what the library takes is not the model's
 
     if run:
@@ -150,10 +157,10 @@ def main(folder: Path, memory: int, seconds: int, run: str) -> None:
     try:
         with open(0, "rb", closefd=False) as stream:
             stream.seek(0)
-            unknown = check(stream.read())
+            unknown = check(stream.read(), sizes)
         stage = "not run"
         if run:
-            run_once(run)
+            run_once(run, sizes)
     except Refused as error:
         outcome = {"refused": str(error)}
     except Exception as error:  # a hostile file may raise anything
@@ -165,4 +172,5 @@ def main(folder: Path, memory: int, seconds: int, run: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    said = [int(size) for size in sys.argv[5].split(",") if size]
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], said)

@@ -21,18 +21,27 @@ _SLOWEST = 10 << 20  # bytes per second
 _CHILD = Path(__file__).with_name("_child.py")
 
 
-def check_isolated(stream: BinaryIO, size: int, *, run: Path | None, outside: int) -> None:
+def check_isolated(
+    stream: BinaryIO,
+    size: int,
+    *,
+    run: Path | None,
+    outside: int,
+    sizes: tuple[int, ...] = (),
+) -> None:
     """Parse the model, infer its shapes, and run it once where it is the file ``run``.
 
-    ``outside`` are the bytes of its external data. Raises `InputRefused` for what the checker
-    refuses, what makes a tensor of over 4 GiB, and what ends or outlasts the process, and
+    ``outside`` are the bytes of its external data, ``sizes`` what an input's sizes behind its batch
+    axis are that it leaves open, 1 where nothing is said. Raises `InputRefused` for what the
+    checker refuses, what makes a tensor of over 4 GiB, and what ends or outlasts the process, and
     `OutOfMemory` for what takes more than such a file can need.
     """
     memory = MEMORY + _COPIES * size + (RUN_MEMORY + _COPIES * outside if run else 0)
     seconds = SECONDS + (size + outside) // _SLOWEST
     with TemporaryDirectory() as name:
         path = str(run.resolve()) if run else ""
-        outcome = run_isolated(_CHILD, stream, Path(name), memory, seconds, path, verb="check")
+        said = (path, ",".join(map(str, sizes)))
+        outcome = run_isolated(_CHILD, stream, Path(name), memory, seconds, *said, verb="check")
     if "error" in outcome:
         raise InputRefused(f"not a sound ONNX model: {_said(outcome['error'])}")
     if "not run" in outcome and outcome["unknown"]:

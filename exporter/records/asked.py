@@ -101,7 +101,7 @@ class Calibration(Asked, frozen=True):
 
 
 class Tolerance(Asked, frozen=True, omit_defaults=True):
-    """How far a candidate may be from float64 PyTorch. A bound left out is not checked.
+    """How far a candidate may be from the float64 reference. A bound left out is not checked.
 
     ``max_abs``, ``rel_l2``, ``noise_multiple`` and ``accuracy_drop`` are upper bounds; ``sqnr_db``,
     ``cosine`` and ``agreement`` are lower ones. `Parity` says what each figure is. ``agreement``

@@ -92,7 +92,7 @@ class Fidelity(Found, frozen=True):
 
 
 class Rung(Found, frozen=True):
-    """One step of the ladder from PyTorch in float64 down to an engine.
+    """One step of the ladder from the reference in float64 down to an engine.
 
     ``error`` and ``flips`` are the relative L2 error and the number of samples whose largest output
     is another one, both against the rung ``above`` and against the ``top``; None if not finite. Of

@@ -21,7 +21,7 @@ class Parity(Found, frozen=True):
         cosine          the smallest cosine similarity of one sample's y and r
         margin_used     max ((yⱼ − yₜ) − (rⱼ − rₜ)) / (rₜ − rⱼ) over j ≠ t and all samples: how much
                         of its decision margin the worst sample has used up; from 1 on it flips
-        noise_multiple  rel_l2 / noise_floor, with noise_floor = float32 PyTorch's own rel_l2
+        noise_multiple  rel_l2 / noise_floor, with noise_floor = the float32 reference's own
         agreement       the share of samples with the same largest output, of those decided
         accuracy        the share of samples whose largest output is the label
         accuracy_drop   the reference's accuracy − the candidate's, (lost − gained) / samples

@@ -130,7 +130,9 @@ class Source(Found, frozen=True):
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
     to be the network's, one clause each. ``factory`` is the code that made the network, and
     ``given`` the class of the module that a program gave; both are None for a built-in one.
-    ``more_outputs`` and ``more_inputs`` are those behind the first, in the network's order.
+    ``file`` is the name of the ONNX file that was started from, None for a network in PyTorch; with
+    it the weights are those in it, and the changes what was done to read it. ``more_outputs`` and
+    ``more_inputs`` are those behind the first, in the network's order.
     """
 
     model: str
@@ -146,6 +148,7 @@ class Source(Found, frozen=True):
     given: str | None = None
     more_outputs: tuple[TensorSpec, ...] = ()
     more_inputs: tuple[TensorSpec, ...] = ()
+    file: str | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -154,6 +157,21 @@ class Source(Found, frozen=True):
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return (self.output, *self.more_outputs)
+
+    @property
+    def reference(self) -> str:
+        """Return what artefacts are compared with, in words."""
+        return self.file or "PyTorch"
+
+    @property
+    def top(self) -> str:
+        """Return the ladder's first rung: the truth."""
+        return f"{self.reference} float64"
+
+    @property
+    def single(self) -> str:
+        """Return the rung below: the same in float32."""
+        return f"{self.reference} float32"
 
 
 class Stage(Found, frozen=True):
@@ -210,7 +228,7 @@ class Report(Found, frozen=True):
 
     @property
     def ladder(self) -> tuple[Rung, ...]:
-        """Return every rung, from PyTorch in float32 down."""
+        """Return every rung, from the reference in float32 down."""
         return (*self.rungs, *(a.rung for a in self.artefacts if a.rung))
 
     @property

@@ -26,33 +26,35 @@ class Row(NamedTuple):
     speedup: str
 
 
-HEADS = Row(
-    artefact="artefact",
-    size="size",
-    fidelity="fidelity",
-    quality="quality",
-    sqnr="SQNR",
-    agreement="agreement",
-    accuracy="accuracy",
-    latency="p50 latency",
-    speedup="vs PyTorch",
-)
+def heads(report: Report) -> Row:
+    """Return the heads of the main table."""
+    return Row(
+        artefact="artefact",
+        size="size",
+        fidelity="fidelity",
+        quality="quality",
+        sqnr="SQNR",
+        agreement="agreement",
+        accuracy="accuracy",
+        latency="p50 latency",
+        speedup=f"vs {report.source.reference}",
+    )
 
 
 def rows(report: Report) -> list[Row]:
-    """Return the main table: PyTorch, then every artefact, at the first batch size timed."""
+    """Return the main table: the reference, then every artefact, at the first batch size timed."""
     batch = report.latency[0].batch if report.latency else 0
     timed = {latency.name: latency for latency in report.latency if latency.batch == batch}
-    pytorch = report.latency[0] if report.latency else None
+    reference = report.latency[0] if report.latency else None
     table = [
         Row(
-            pytorch.name if pytorch else "PyTorch",
+            reference.name if reference else report.source.reference,
             "",
             "the reference",
             "is its float64",
             *_least(report.pytorch),
-            milliseconds(pytorch),
-            "1.00 ×" if pytorch else "",
+            milliseconds(reference),
+            "1.00 ×" if reference else "",
         )
     ]
     unmade = [variant.precision for variant in report.variants if variant.refused]
@@ -67,7 +69,7 @@ def rows(report: Report) -> list[Row]:
                 verdict(artefact, artefact.quality),
                 *_least(artefact.parity),
                 milliseconds(latency),
-                f"{pytorch.p50_ms / latency.p50_ms:.2f} ×" if latency and pytorch else "",
+                f"{reference.p50_ms / latency.p50_ms:.2f} ×" if latency and reference else "",
             )
         )
     return table

@@ -1,4 +1,4 @@
-"""The ladder as words: what each step from float64 PyTorch down to an engine adds."""
+"""The ladder as words: what each step from the float64 reference down to an engine adds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from exporter.records import Artefact, Fidelity, LayerError, Report, Rung, Variant, WorstCase
 
-TOP = "PyTorch float64"
 MOST_LOSSES = 3
 _WIDTH = 16  # of the longest bar
 _LEAST, _MOST = -9.0, 0.0  # decades of relative error from which a bar starts and where it is full
@@ -45,7 +44,7 @@ HEADS = Step(
 
 def steps(report: Report) -> list[Step]:
     """Return the waterfall, from the top down; what did not run has a line with no figures."""
-    table = [Step(TOP, "", "", "", "", "", "", "", "", "the top")]
+    table = [Step(report.source.top, "", "", "", "", "", "", "", "", "the top")]
     table += [_step(rung) for rung in report.rungs]
     for artefact in report.artefacts:
         if artefact.rung:

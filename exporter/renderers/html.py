@@ -55,9 +55,9 @@ def _shown(path: Path) -> str:
 
 
 def _table(report: Report) -> str:
-    heads = _row("th", figures.HEADS, figures.HEADS)
+    heads = figures.heads(report)
     return (
-        f'<table style="{_TABLE}">{heads}'
+        f'<table style="{_TABLE}">{_row("th", heads, heads)}'
         + "".join(_row("td", row, _cells(row)) for row in figures.rows(report))
         + "</table>"
     )

@@ -52,9 +52,13 @@ def _head(report: Report) -> list[str]:
         f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         *([f"- given as a module, {_escape(source.given)}"] if source.given else []),
+        *([f"- made from the ONNX file {_escape(source.file)}"] if source.file else []),
         f"- {source.parameters:,} parameters; weights {_escape(source.weights)}, "
         f"SHA-256 {source.weights_sha256}{_format(source)}",
-        *(f"- weights: {_escape(change)}" for change in source.weights_changes),
+        *(
+            f"- {'file' if source.file else 'weights'}: {_escape(change)}"
+            for change in source.weights_changes
+        ),
         f"- calibrated on {_escape(report.calibration)}"
         if report.calibration
         else "- not calibrated",
@@ -77,7 +81,7 @@ def _batch(report: Report) -> str:
 
 
 def _artefacts(report: Report) -> list[str]:
-    lines = ["## Artefacts", "", *_table(figures.HEADS, figures.rows(report))]
+    lines = ["## Artefacts", "", *_table(figures.heads(report), figures.rows(report))]
     if report.failures:
         lines += ["", *(f"- **{_escape(failure)}**" for failure in report.failures)]
     if report.unproven:
@@ -107,10 +111,11 @@ def _ladder(report: Report) -> list[str]:
         *_table(ladder.HEADS, ladder.steps(report)),
         "",
         "Each step's error is ‖y − r‖ / ‖r‖ on the held-out samples, beside the step it came from "
-        "and beside float64 PyTorch; flips are samples whose largest output is another one. × its "
-        "precision is the error end to end in multiples of what rounding to the declared types "
-        "must cause, emulated on the graph that was asked for; layers are compared one by one, on "
-        "the artefact's own tensors, each in multiples of its own rounding.",
+        f"and beside float64 {_escape(report.source.reference)}; flips are samples whose largest "
+        "output is another one. × its precision is the error end to end in multiples of what "
+        "rounding to the declared types must cause, emulated on the graph that was asked for; "
+        "layers are compared one by one, on the artefact's own tensors, each in multiples of its "
+        "own rounding.",
         *([""] if any(ladder.findings(report)) else []),
         *(f"- {_escape(line)}" for line in ladder.findings(report)),
     ]
@@ -202,12 +207,14 @@ def _quantised(report: Report) -> list[str]:
 
 
 def _parity(report: Report) -> list[str]:
+    source = report.source
     heads = (
-        *("compared with float64 PyTorch", "on", "largest error", "relative L2", "SQNR"),
+        *(f"compared with float64 {source.reference}", "on", "largest error"),
+        *("relative L2", "SQNR"),
         *("1 − cosine", "top-1 agreement", "proven", "margin used", "classes"),
         *("accuracy", "accuracy drop", "× float32 noise", "gates", "verdict"),
     )
-    named = [("PyTorch float32", parity, "") for parity in report.pytorch]
+    named = [(source.single, parity, "") for parity in report.pytorch]
     named += [(a.name, parity, parity.verdict) for a in report.artefacts for parity in a.parity]
     shares = (parity.reference_accuracy for parity in report.pytorch)
     reference = next((share for share in shares if share is not None), None)
@@ -219,8 +226,8 @@ def _parity(report: Report) -> list[str]:
         "",
         f"The reference is the unfolded network in float64{labelled}. "
         "Relative L2 is ‖y − r‖ / ‖r‖ over all samples, SQNR is −20 log₁₀ of it, cosine is the "
-        "smallest of one sample, and the float32 noise is PyTorch "
-        "float32's own relative L2 against float64 on the same inputs. Proven is the agreement "
+        f"smallest of one sample, and the float32 noise is {_escape(source.single)}'s own relative "
+        "L2 against float64 on the same inputs. Proven is the agreement "
         "that so many samples prove with 95 % confidence (Clopper-Pearson), and behind the drop "
         "in accuracy stands from where to where they prove it to lie, each end with 95 % "
         "confidence (exact, for pairs). The margin used is how much of the distance between its "

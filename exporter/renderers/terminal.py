@@ -30,7 +30,7 @@ def render(report: Report, folder: Path) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for field, head in zip(figures.Row._fields, figures.HEADS, strict=True):
+    for field, head in zip(figures.Row._fields, figures.heads(report), strict=True):
         justify = "left" if field in ("artefact", *_VERDICTS) else "right"
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]  # Literal
     for row in figures.rows(report):

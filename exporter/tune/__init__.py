@@ -24,7 +24,6 @@ from exporter import environment
 from exporter.contracts import Model, Progress, Runtime, silent
 from exporter.data import Data
 from exporter.errors import InputRefused, ProfileError, RuntimeMissing, UnknownName
-from exporter.fold import fold_batchnorm
 from exporter.graphs import export_source
 from exporter.initial import Initial
 from exporter.job import Job
@@ -86,7 +85,7 @@ def tune_model(
     seen = _validation(job, validation)
     with TemporaryDirectory() as scratch, job.threads(), ExitStack() as sessions:
         with job.stage("fold BatchNorm"):
-            folded = fold_batchnorm(job.module, job.example()).module
+            folded = job.start.fold(job.example())
         with job.stage("export to ONNX"):
             source = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx"))
         made_with = _made_with(job, source.path, seen, precision, name)

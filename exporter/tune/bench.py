@@ -29,7 +29,6 @@ from exporter.job import Job
 from exporter.parity import compare_outputs
 from exporter.plugins import load_precision, load_runtime, options_of
 from exporter.records import Array, Candidate, File, OnnxModel, Sensitivity
-from exporter.reference import TorchSession
 from exporter.runtimes._graph import WEIGHTED, dequantised_weights
 from exporter.samples import Samples
 from exporter.tune.state import State
@@ -199,7 +198,7 @@ class Bench:
     def _float64(self) -> Array:
         """Return the unfolded network's outputs on the validation samples, in float64."""
         if self._truth is None:
-            session = TorchSession.of(self.job.module, *self.job.output_names, double=True)
+            session = self.job.start.double()
             total = -(-len(self.validation.inputs) // self.job.profile.batch.opt)
             what = "run PyTorch in float64"
             with self.job.stage(what, total, part="evidence") as advance:

@@ -26,7 +26,6 @@ from exporter.records import (
     Timing,
     TuneReport,
 )
-from exporter.reference import TorchSession
 from exporter.renderers import pareto, tuning
 from exporter.tune import search
 from exporter.tune.bench import Bench
@@ -210,7 +209,7 @@ class Search:
         job = self.bench.job
         inputs, labels, origin = job.held_out
         (output,) = job.output_names
-        truth = TorchSession.of(job.module, output, double=True)
+        truth = job.start.double()
         total = 2 * -(-len(inputs) // job.profile.batch.opt)
         what = f"{chosen.name}: confirm on the {origin}"
         with job.stage(what, total, part="evidence") as advance:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from exporter.errors import InputRefused, ProfileError, nearest
 from exporter.given_code import Words, refusing
@@ -25,7 +25,11 @@ from exporter.samples import NO_DATA, fitting
 if TYPE_CHECKING:
     from torch import nn
 
+# Of one input, (C, H, W), or of several by the names that forward() has for them.
+Shapes: TypeAlias = "tuple[int, ...] | Mapping[str, tuple[int, ...]]"
+
 _BATCH = 2
+_NAMES = "give the first of these, each as --input NAME=CxHxW"
 _HINT = "--input says what it takes, several inputs as --input NAME=CxHxW each"
 
 
@@ -62,6 +66,7 @@ class GivenModel:
     data: str
     changes: tuple[str, ...]
     network: nn.Module = field(repr=False)
+    more_inputs: tuple[TensorSpec, ...] = ()
     more_outputs: tuple[TensorSpec, ...] = ()
     weights: None = None
 
@@ -73,7 +78,7 @@ def load_factory(
     code: str,
     args: Mapping[str, Any] = MappingProxyType({}),
     *,
-    input_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
+    input_shape: Shapes | None,
 ) -> FactoryModel:
     """Import ``package.module:factory`` or ``file.py:factory``, and return what it makes.
 
@@ -96,7 +101,7 @@ def load_factory(
     with refusing(f"{said} raised"):
         network = from_seed(lambda: factory(**args))
     _check_network(network, said)
-    specs = _inputs(network, input_shape, said)
+    specs = inputs_of_network(network, input_shape, said, hint=_NAMES)
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
     output, *more = outputs_of_network(network.eval(), specs, said, hint=_HINT)
     return FactoryModel(
@@ -192,19 +197,27 @@ def _check_network(network: object, said: str) -> None:
             )
 
 
-def _inputs(
-    network: Any, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]], said: str
-) -> tuple[TensorSpec, ...]:
-    """Return the inputs in forward()'s order. Raises `InputRefused` for others than it takes."""
-    if not isinstance(shape, Mapping):
-        return (TensorSpec("input", shape),)
+def names_taken(network: nn.Module) -> list[str]:
+    """Return what a network's forward() calls what it takes by its place."""
     parameters = inspect.signature(network.forward).parameters.values()
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p.name for p in parameters if p.kind in places]
+    return [parameter.name for parameter in parameters if parameter.kind in places]
+
+
+def inputs_of_network(
+    network: nn.Module, shape: Shapes, said: str, *, hint: str | None = None
+) -> tuple[TensorSpec, ...]:
+    """Return the inputs in forward()'s order.
+
+    Raises `InputRefused`, with that hint, for others than it takes.
+    """
+    if not isinstance(shape, Mapping):
+        return (TensorSpec("input", shape),)
+    taken = names_taken(network)
     if set(shape) != set(taken[: len(shape)]):
         raise InputRefused(
             f"{said} was given the inputs {', '.join(shape)}, and its forward() takes "
             f"{', '.join(taken) or 'none by name'}",
-            hint="give the first of these, each as --input NAME=CxHxW",
+            hint=hint,
         )
     return tuple(TensorSpec(name, shape[name]) for name in taken[: len(shape)])

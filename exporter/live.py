@@ -10,7 +10,7 @@ rounding would change the network.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,34 +18,30 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from exporter.errors import GraphError, InputRefused
-from exporter.factories import GivenModel, outputs_of_network
+from exporter.factories import (
+    GivenModel,
+    Shapes,
+    inputs_of_network,
+    names_taken,
+    outputs_of_network,
+)
 from exporter.fold.unfit import copy_of, is_exported, refuse_unfit, unwrapped
-from exporter.records import TensorSpec
-from exporter.samples import fitting
+from exporter.samples import NO_DATA, fitting
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NAME = re.compile(r"\w[\w.-]{0,63}")  # of files
 _HINT = "the example says what it takes"
 
 
-def live_model(
-    module: nn.Module, input_shape: tuple[int, ...], *, name: str | None = None
-) -> GivenModel:
-    """Return a copy of the module as the network of an input (C, H, W). The module is left alone.
+def live_model(module: nn.Module, input_shape: Shapes, *, name: str | None = None) -> GivenModel:
+    """Return a copy of the module as the network of its inputs. The module is left alone.
 
     Wrappers of torch.compile and of data parallelism come off. Raises `GraphError` for a module
     that cannot be copied, or that a graph cannot hold, as one with hooks; `InputRefused` for
     tensors that are not float32 or half of it, or have no values, and for one that does not make
     float32 tensors (N, …) of (N, C, H, W).
     """
-    if not isinstance(module, nn.Module):
-        raise InputRefused(
-            f"an object of type {type(module).__name__} was given, and no torch.nn.Module",
-            hint="of what torch.export made, give program.module()"
-            if isinstance(module, torch.export.ExportedProgram)
-            else None,
-        )
-    inside = unwrapped(module)
+    inside = _inside(module)
     kind = type(inside).__name__
     chosen = kind.lower() if name is None else name
     if not _NAME.fullmatch(chosen):
@@ -56,34 +52,48 @@ def live_model(
     copy, changes = _copy(inside, kind)
     refuse_unfit(copy)
     _refuse_hooks(copy)
-    spec = TensorSpec("input", input_shape)
-    output, *more = outputs_of_network(copy, [spec], kind, hint=_HINT)
+    specs = inputs_of_network(copy, input_shape, kind, hint=_HINT)
+    output, *more = outputs_of_network(copy, specs, kind, hint=_HINT)
     return GivenModel(
         name=chosen,
         kind=f"{type(inside).__module__}.{type(inside).__qualname__}",
-        input=spec,
+        input=specs[0],
         output=output,
-        data=fitting(input_shape[0]),
+        data=fitting(specs[0].shape[0]) if len(specs) == 1 else NO_DATA,
         changes=changes,
         network=copy,
+        more_inputs=specs[1:],
         more_outputs=tuple(more),
     )
 
 
-def shape_of(example_inputs: object) -> tuple[int, ...]:
-    """Return the (C, H, W) of an example (N, C, H, W), a tensor or a tuple of one.
+def shapes_of(example_inputs: object, module: nn.Module) -> Shapes:
+    """Return what an example says of the inputs: tensors (N, C, H, W) in a tuple, or by name.
+
+    A tensor alone is the one input. Those of a tuple have the names that the module's forward() has
+    for them. Raises `InputRefused` for anything else; values are not looked at.
+    """
+    if isinstance(example_inputs, Mapping) and example_inputs:
+        return {str(name): shape_of(one) for name, one in example_inputs.items()}
+    if not isinstance(example_inputs, tuple | list):
+        return shape_of(example_inputs)
+    if len(example_inputs) == 1:
+        return shape_of(example_inputs[0])
+    names = names_taken(_inside(module))
+    if not 0 < len(example_inputs) <= len(names):
+        raise InputRefused(
+            f"the example has {len(example_inputs)} inputs, and the module's forward() takes "
+            f"{', '.join(names) or 'none by name'}",
+            hint="give one tensor (N, C, H, W) for each",
+        )
+    return dict(zip(names, map(shape_of, example_inputs), strict=False))
+
+
+def shape_of(given: object) -> tuple[int, ...]:
+    """Return the (C, H, W) of a tensor (N, C, H, W).
 
     Raises `InputRefused` for anything else; its values are not looked at.
     """
-    given = example_inputs
-    if isinstance(given, tuple | list):
-        if len(given) != 1:
-            raise InputRefused(
-                f"the example has {len(given)} inputs, and networks of several are not supported "
-                "so far",
-                hint="give one tensor (N, C, H, W)",
-            )
-        (given,) = given
     if not isinstance(given, torch.Tensor):
         hint = "torch.from_numpy(array)" if hasattr(given, "__array__") else None
         raise InputRefused(
@@ -122,6 +132,18 @@ def usual_torch() -> Iterator[None]:
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
         yield
+
+
+def _inside(module: object) -> nn.Module:
+    """Return a module without what wraps it. Raises `InputRefused` for anything else."""
+    if not isinstance(module, nn.Module):
+        raise InputRefused(
+            f"an object of type {type(module).__name__} was given, and no torch.nn.Module",
+            hint="of what torch.export made, give program.module()"
+            if isinstance(module, torch.export.ExportedProgram)
+            else None,
+        )
+    return unwrapped(module)
 
 
 def _copy(module: nn.Module, kind: str) -> tuple[nn.Module, tuple[str, ...]]:

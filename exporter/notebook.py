@@ -17,7 +17,7 @@ from exporter.bars import bars
 from exporter.contracts import Progress, Session, silent
 from exporter.data import Data
 from exporter.errors import BuildError, GraphError, RuntimeMissing, UnknownName
-from exporter.live import live_model, shape_of, usual_torch
+from exporter.live import live_model, shapes_of, usual_torch
 from exporter.pipeline import run
 from exporter.plugins import load_runtime, remedy
 from exporter.profile import Profile, load_profile
@@ -108,11 +108,12 @@ def export(
 ) -> Exported:
     """Export a module as it is in memory, check it, time it, and write the bundle into ``out``.
 
-    ``example_inputs`` is a tensor (N, C, H, W), or a tuple of one, of which the shape counts. The
-    module is left as it was; what is exported is a copy, in eval mode and in float32 on the CPU.
-    ``precision`` picks one or several of the profile's, ``name`` is the network's in the report and
-    in its files, its class's if left out. ``data`` and ``calibration`` may be arrays or tensors of
-    inputs, (inputs, labels) or a dataset, or words, as for `exporter.run`, whose call this is.
+    ``example_inputs`` is a tensor (N, C, H, W); of several inputs a tuple of those, or a dict by
+    the names that forward() has for them. Their shapes count. The module is left as it was; what is
+    exported is a copy, in eval mode and in float32 on the CPU. ``precision`` picks one or several
+    of the profile's, ``name`` is the network's in the report and in its files, its class's if left
+    out. ``data`` and ``calibration`` may be arrays or tensors of inputs, dicts of those,
+    (inputs, labels) or a dataset, or words, as for `exporter.run`, whose call this is.
     ``progress=True`` shows bars; in a notebook these need ipywidgets.
 
     Raises `GraphError` and `InputRefused` for a module that cannot be exported (`live_model`) or an
@@ -122,7 +123,7 @@ def export(
     if precision is not None:
         chosen = chosen.only((precision,) if isinstance(precision, str) else tuple(precision))
     folder = Path(os.path.abspath(out))  # noqa: PTH100 - the bundle stays there if the program moves
-    shape = shape_of(example_inputs)
+    shape = shapes_of(example_inputs, module)
     with usual_torch(), _told(progress) as told:
         report = run(
             live_model(module, shape, name=name),

@@ -23,7 +23,7 @@ from exporter.contracts import Converted, Model, Progress, Session, silent
 from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
-from exporter.factories import FactoryModel, load_factory
+from exporter.factories import FactoryModel, Shapes, load_factory
 from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
 from exporter.job import Job
@@ -32,7 +32,7 @@ from exporter.live import live_model
 from exporter.onnx_files import check_onnx
 from exporter.packing import unpack
 from exporter.parity import check_same_interface
-from exporter.profile import load_profile
+from exporter.profile import Profile, load_profile
 from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
@@ -70,7 +70,7 @@ def check_bundle(
     profile = load_profile(folder / "profile.toml")
     shape = profile.preprocess.channels_first(before.source.input.shape)
     if isinstance(model, nn.Module):
-        model = live_model(model, shape, name=before.source.model)
+        model = live_model(model, _shapes(before, profile), name=before.source.model)
     job = Job.resolve(
         model or before.source.model,
         profile,
@@ -126,10 +126,14 @@ def load_factory_of(folder: Path, code: str) -> FactoryModel:
     """
     _, before = read_bundle(folder)
     profile = load_profile(folder / "profile.toml")
+    return load_factory(code, profile.model.args, input_shape=_shapes(before, profile))
+
+
+def _shapes(before: Report, profile: Profile) -> Shapes:
+    """Return what a bundle's network takes, by name unless that is what one input is called."""
     shape = profile.preprocess.channels_first(before.source.input.shape)
     inputs = {spec.name: spec.shape for spec in before.source.inputs}
-    asked = inputs if len(inputs) > 1 else shape
-    return load_factory(code, profile.model.args, input_shape=asked)
+    return shape if list(inputs) == ["input"] else inputs
 
 
 def _classes(before: Report) -> int | None:

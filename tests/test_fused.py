@@ -203,6 +203,7 @@ def test_engines_of_other_makers_take_pixels_too(made):
     assert all((made.folder / a.file.name).stat().st_size > 0 for a in built)
 
 
+@pytest.mark.openvino
 @pytest.mark.parametrize("runtime", ["openvino", "torch-eager"])
 def test_other_runtimes_take_pixels_too(runtime, tmp_path):
     profile = settings("nhwc", "bgr")

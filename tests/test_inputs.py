@@ -110,6 +110,7 @@ def test_other_inputs_than_forward_takes_are_refused(shapes, said, hint):
 # ── Fold and graph ──────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.openvino
 @pytest.mark.parametrize(("name", "shapes"), [("pair", PAIR), ("siamese", TWINS)])
 def test_the_graph_of_the_folded_network_takes_each_input_by_its_name(name, shapes, tmp_path):
     model = load(name, shapes)

@@ -23,7 +23,7 @@ import exporter
 from exporter.cli import main
 from exporter.data import open_data
 from exporter.errors import BuildError, ExportError, GraphError, InputRefused, UnknownName
-from exporter.live import live_model, shape_of, usual_torch
+from exporter.live import live_model, shapes_of, usual_torch
 from exporter.profile import load_profile
 from exporter.records import Report, TensorSpec
 from exporter.renderers import record
@@ -114,6 +114,35 @@ def test_its_report_is_the_bundles_and_says_what_was_given(made):
     assert re.search(r"^- given as a module, test\\_notebook\.Net$", page, re.MULTILINE)
     assert "data: the data in memory, in memory: 80 samples, labels of 4 classes" in page
     made.raise_for_parity()
+
+
+class Compared(Net):
+    def forward(self, left, right, sharpen=None):
+        return super().forward(left) - super().forward(right)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_module_of_several_inputs_is_exported_and_checked_again(tmp_path, by_name):
+    module, images = make(Compared), torch.rand(40, *SHAPE)
+    example = {"right": EXAMPLE, "left": EXAMPLE} if by_name else (EXAMPLE, EXAMPLE)
+    inputs = {"left": images.numpy(), "right": images.flip(0).numpy()}
+    made = exporter.export(
+        module, example, out=tmp_path / "b", profile=settings(), precision="fp32", data=inputs
+    )
+    assert [spec.name for spec in made.report.source.inputs] == ["left", "right"]
+    with made.session() as run, torch.no_grad():
+        got = run({name: value[:3] for name, value in inputs.items()})["output"]
+        want = module(images[:3], images.flip(0)[:3]).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    again = exporter.check_bundle(made.folder, model=module, data=inputs)
+    assert again.artefacts[0].rung.fidelity.verdict == "pass"
+
+
+def test_inputs_that_forward_does_not_have_are_refused(tmp_path):
+    example = {"left": EXAMPLE, "middle": EXAMPLE}
+    said = "was given the inputs left, middle, and its forward() takes left, right, sharpen"
+    with refused(InputRefused, said, hint=("example",)):
+        exporter.export(make(Compared), example, out=tmp_path / "b", profile=settings())
 
 
 def test_each_of_several_outputs_is_judged(tmp_path):
@@ -344,7 +373,7 @@ def test_half_precision_is_read_exactly(dtype, data):
     assert model.changes == (f"{name} read as float32, which is exact",)
     for key, value in half.state_dict().items():
         assert torch.equal(model.network.state_dict()[key].to(value.dtype), value)
-    assert shape_of(EXAMPLE.to(dtype)) == SHAPE
+    assert shapes_of(EXAMPLE.to(dtype), half) == SHAPE
 
 
 def test_a_program_that_torch_export_made_is_a_module_too(data):
@@ -429,15 +458,16 @@ def test_global_hooks_and_values_that_are_not_finite_are_refused(tmp_path):
         (EXAMPLE.double(), "the example is float64", "example.float()"),
         (EXAMPLE.byte(), "the example is uint8", "example.float()"),
         (EXAMPLE.numpy(), "an object of type ndarray, and no tensor", "torch.from_numpy(array)"),
-        ((EXAMPLE, EXAMPLE), "the example has 2 inputs", "one tensor"),
-        ((), "the example has 0 inputs", "one tensor"),
-        ({"x": EXAMPLE}, "an object of type dict, and no tensor", None),
+        ((EXAMPLE, EXAMPLE), "the example has 2 inputs, and the module's forward() takes x", "for each"),
+        ((), "the example has 0 inputs", "for each"),
+        ({}, "an object of type dict, and no tensor", None),
+        ({"x": None}, "an object of type NoneType, and no tensor", None),
         (None, "an object of type NoneType, and no tensor", None),
     ],
 )  # fmt: skip
 def test_an_example_that_is_none_is_refused(example, said, hint):
     with refused(InputRefused, said, hint=None if hint is None else (hint,)):
-        shape_of(example)
+        shapes_of(example, make())
 
 
 # ── Samples in memory ───────────────────────────────────────────────────────────────
@@ -590,7 +620,7 @@ def test_verdicts_can_be_read_on_any_page():
 
 def test_a_hint_stands_below_a_traceback():
     with pytest.raises(ExportError) as caught:
-        shape_of(torch.zeros(SHAPE))
+        shapes_of(torch.zeros(SHAPE), make())
     assert caught.value.__notes__ == ["Hint: one sample is a batch of one: example[None]"]
 
 

@@ -22,6 +22,8 @@ from exporter.records import BatchRange, OnnxModel, TensorSpec
 from exporter.runtimes import _openvino
 from exporter.samples import digits, feeds, noise
 
+pytestmark = pytest.mark.openvino
+
 MISSING = plugins.load_runtime("openvino", {}).missing("run")
 needed = pytest.mark.skipif(MISSING is not None, reason=f"openvino: {MISSING}")
 

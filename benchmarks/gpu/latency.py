@@ -131,7 +131,8 @@ class _Time:
         import numpy as np
 
         try:
-            expected = [np.array(session(feed)[OUTPUT.name]) for feed in self.feeds]
+            name = OUTPUT.name
+            expected = [{name: np.array(session(feed)[name])} for feed in self.feeds]
         except Exception as error:  # whatever it is, the others are timed
             self.refused[title] = _said(error)
             return
@@ -147,7 +148,7 @@ class _Time:
                 self.refused[way] = _said(error)
                 continue
             self.entrants[way] = entrant
-            self.watch.wanted[way] = Wanted(title, OUTPUT.name, expected)
+            self.watch.wanted[way] = Wanted(title, expected)
 
     def _cost(self, entrant: Entrant) -> float:
         """Return how many seconds an entrant takes of a round."""

@@ -21,8 +21,6 @@ from exporter.renderers import checkup
 from exporter.runtimes.ort_cpu import OrtCpu
 from exporter.samples import noise
 
-pytestmark = pytest.mark.openvino
-
 
 def test_the_small_network_is_what_it_says(tmp_path):
     """The same layers as a PyTorch module, of the graph's weights, give the same outputs."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -116,6 +119,22 @@ def made(tmp_path_factory):
     )
 
 
+def judged_on_pixels(folder: Path, runtime: str) -> None:
+    """Expect a runtime to be faithful where pixels are normalised in the graph."""
+    found = exporter.export(
+        make(),
+        torch.zeros(1, *SPEC.shape),
+        out=folder / "b",
+        profile=msgspec.structs.replace(settings("nhwc", "bgr"), runtime={runtime: {}}),
+        precision=("fp32", "int8"),
+        data=as_given(pixels(80), "nhwc", "bgr"),
+    )
+    assert {a.name: a.fidelity for a in found.report.artefacts} == {
+        f"fp32 on {runtime}": "pass",
+        f"int8 on {runtime}": "pass",
+    }
+
+
 # ── That it is what numpy makes of it ───────────────────────────────────────────────
 
 
@@ -203,24 +222,8 @@ def test_engines_of_other_makers_take_pixels_too(made):
     assert all((made.folder / a.file.name).stat().st_size > 0 for a in built)
 
 
-@pytest.mark.openvino
-@pytest.mark.parametrize("runtime", ["openvino", "torch-eager"])
-def test_other_runtimes_take_pixels_too(runtime, tmp_path):
-    profile = settings("nhwc", "bgr")
-    from msgspec import structs
-
-    found = exporter.export(
-        make(),
-        torch.zeros(1, *SPEC.shape),
-        out=tmp_path / "b",
-        profile=structs.replace(profile, runtime={runtime: {}}),
-        precision=("fp32", "int8"),
-        data=as_given(pixels(80), "nhwc", "bgr"),
-    )
-    assert {a.name: a.fidelity for a in found.report.artefacts} == {
-        f"fp32 on {runtime}": "pass",
-        f"int8 on {runtime}": "pass",
-    }
+def test_pytorch_takes_pixels_too(tmp_path):
+    judged_on_pixels(tmp_path, "torch-eager")
 
 
 def test_the_form_that_servers_run_in_integers_takes_pixels_too(tmp_path):

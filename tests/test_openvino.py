@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import refused
 from onnx import TensorProto, helper, numpy_helper
+from test_fused import judged_on_pixels
 
 from exporter import plugins
 from exporter.calibration import calibrate
@@ -21,8 +22,6 @@ from exporter.flops import count_flops
 from exporter.records import BatchRange, OnnxModel, TensorSpec
 from exporter.runtimes import _openvino
 from exporter.samples import digits, feeds, noise
-
-pytestmark = pytest.mark.openvino
 
 MISSING = plugins.load_runtime("openvino", {}).missing("run")
 needed = pytest.mark.skipif(MISSING is not None, reason=f"openvino: {MISSING}")
@@ -390,3 +389,32 @@ def test_without_the_package_it_is_missing_and_says_so(monkeypatch, tiny_onnx):
     assert "openvino" in runtime.missing("run")
     assert runtime.identify() is None
     assert runtime.describe(tiny_onnx.path) == ()
+
+
+# ── Networks of other ends ──────────────────────────────────────────────────────────
+
+
+@needed
+def test_pixels_are_normalised_in_the_graph(tmp_path):
+    judged_on_pixels(tmp_path, "openvino")
+
+
+@needed
+def test_the_kernels_of_a_graph_of_several_inputs_are_timed(tmp_path):
+    make = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["left", "w"], ["a"], "conv"),
+            onnx.helper.make_node("Add", ["a", "right"], ["y"], "sum"),
+        ],
+        "main",
+        [make("left", 1, ["N", 1, 8, 8]), make("right", 1, ["N", 2, 6, 6])],
+        [make("y", 1, ["N", 2, 6, 6])],
+        [onnx.numpy_helper.from_array(np.ones((2, 1, 3, 3), np.float32), "w")],
+    )
+    opset = onnx.helper.make_opsetid("", 20)
+    path = tmp_path / "two.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    runtime = plugins.load_runtime("openvino", {})
+    _, kernels = runtime.kernels(path, batch=3, runs=2, warmup=0)
+    assert any("conv" in kernel.name for kernel in kernels)

@@ -437,6 +437,11 @@ def test_the_command_takes_a_file_in_place_of_a_model(tmp_path):
         result = invoke("--onnx", path, option, value)
         assert result.exit_code == 2
         assert "--onnx is the network and its weights in one" in result.output
+    result = invoke("--onnx", path, "--input", "a=3x8x8")
+    assert (result.exit_code, "n.onnx takes one input, and --input names a" in result.output) == (
+        3,
+        True,
+    )
     result = invoke("--onnx", tmp_path / "none.onnx")
     assert (result.exit_code, "none.onnx: no such file" in result.output) == (3, True)
 

@@ -114,7 +114,10 @@ onnx_option = click.option(
 
 
 def start_of(asked: dict[str, Any], args: dict[str, Any]) -> str | FactoryModel | Path:
-    """Return what to start from: the path of an ONNX file, or as `network_of`."""
+    """Return what to start from: the path of an ONNX file, or as `network_of`.
+
+    Raises `InputRefused` as that.
+    """
     if asked["onnx"] is None:
         return network_of(asked["model"], args, asked["input_shape"])
     source = click.get_current_context().get_parameter_source
@@ -124,6 +127,7 @@ def start_of(asked: dict[str, Any], args: dict[str, Any]) -> str | FactoryModel 
                 f"--onnx is the network and its weights in one: leave out --{option}"
             )
     path: Path = asked["onnx"]
+    _check_alone(path.name, asked["input_shape"])
     return path
 
 
@@ -137,12 +141,17 @@ def network_of(model: str, args: dict[str, Any], input_shape: InputShape) -> str
 
     if is_code(model):
         return load_factory(model, args, input_shape=input_shape)
+    _check_alone(model, input_shape)
+    return model
+
+
+def _check_alone(name: str, input_shape: InputShape) -> None:
+    """Raise `InputRefused` for inputs by name of what takes one."""
     if isinstance(input_shape, Mapping):
         raise InputRefused(
-            f"{model} takes one input, and --input names {', '.join(input_shape)}",
+            f"{name} takes one input, and --input names {', '.join(input_shape)}",
             hint="leave out the name, as --input 1x224x224",
         )
-    return model
 
 
 def size_of(input_shape: InputShape) -> tuple[int, ...] | None:

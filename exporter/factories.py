@@ -19,8 +19,9 @@ from exporter.errors import InputRefused, ProfileError, nearest
 from exporter.given_code import Words, refusing
 from exporter.initial import from_seed
 from exporter.outputs import check_outputs
+from exporter.packing import in_words
 from exporter.records import TensorSpec
-from exporter.samples import NO_DATA, fitting
+from exporter.samples import fitting_all
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,11 +111,19 @@ def load_factory(
         args=dict(args),
         input=specs[0],
         output=output,
-        data=fitting(specs[0].shape[0]) if len(specs) == 1 else NO_DATA,
+        data=fitting_all(specs),
         network=network,
         more_inputs=specs[1:],
         more_outputs=tuple(more),
     )
+
+
+def check_sizes(inputs: Sequence[TensorSpec], said: str) -> str:
+    """Return the inputs' sizes in words. Raises `InputRefused` if one is below 1."""
+    shape = in_words(spec.shape for spec in inputs)
+    if min(size for spec in inputs for size in spec.shape) < 1:
+        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
+    return shape
 
 
 def outputs_of_network(
@@ -127,9 +136,7 @@ def outputs_of_network(
     """
     import torch
 
-    shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
-    if min(size for spec in inputs for size in spec.shape) < 1:
-        raise InputRefused(f"{said} cannot take an input of {shape}: every size must be 1 or more")
+    shape = check_sizes(inputs, said)
     several = "one input" if len(inputs) == 1 else f"{len(inputs)} inputs"
     taking = refusing(f"{said} cannot take {several} of {shape}:", hint=hint)
     with taking, torch.inference_mode():

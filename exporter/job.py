@@ -39,7 +39,7 @@ from exporter.data import (
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.initial import Initial
 from exporter.network import code_of, kind_of
-from exporter.packing import packed_shape, unpack
+from exporter.packing import in_words, packed_shape, unpack
 from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
 from exporter.profile import PrecisionChoice, Profile
@@ -351,7 +351,7 @@ def _check_memory(inputs: Sequence[TensorSpec], profile: Profile, *, own: bool) 
     count += profile.parity.random + samples.VARIED * max(profile.timing.batches)
     needed = count * prod(packed_shape(inputs)) * 4
     if memory and needed > memory:
-        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
+        shape = in_words(spec.shape for spec in inputs)
         raise OutOfMemory(
             f"{count} samples of {shape} are {needed / 1e9:.0f} GB, more than this machine's "
             f"{memory / 1e9:.0f} GB of memory",

@@ -26,7 +26,7 @@ from exporter.factories import (
     outputs_of_network,
 )
 from exporter.fold.unfit import copy_of, is_exported, refuse_unfit, unwrapped
-from exporter.samples import NO_DATA, fitting
+from exporter.samples import fitting_all
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NAME = re.compile(r"\w[\w.-]{0,63}")  # of files
@@ -59,7 +59,7 @@ def live_model(module: nn.Module, input_shape: Shapes, *, name: str | None = Non
         kind=f"{type(inside).__module__}.{type(inside).__qualname__}",
         input=specs[0],
         output=output,
-        data=fitting(specs[0].shape[0]) if len(specs) == 1 else NO_DATA,
+        data=fitting_all(specs),
         changes=changes,
         network=copy,
         more_inputs=specs[1:],

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from exporter.checkpoints import read_checkpoint
 from exporter.contracts import Ends, Model, Session, outputs_of
 from exporter.errors import InputRefused
-from exporter.factories import FactoryModel, GivenModel
+from exporter.factories import FactoryModel, GivenModel, check_sizes
 from exporter.fold import fold_batchnorm
 from exporter.fused import fuse
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.outputs import check_outputs
+from exporter.packing import in_words
 from exporter.plugins import load_model
 from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
@@ -141,11 +142,7 @@ class Network(NamedTuple):
 
         if isinstance(self.model, FactoryModel | GivenModel):
             return
-        shape = " and ".join(" × ".join(map(str, spec.shape)) for spec in inputs)
-        if min(size for spec in inputs for size in spec.shape) < 1:
-            raise InputRefused(
-                f"{self.name} cannot take an input of {shape}: every size must be 1 or more"
-            )
+        shape = check_sizes(inputs, self.name)
         given = [torch.empty(1, *spec.shape, device="meta") for spec in inputs]
         try:
             with torch.inference_mode():
@@ -156,9 +153,7 @@ class Network(NamedTuple):
         gives = check_outputs(found, name=self.name, batch=1, taken=[spec.name for spec in inputs])
         wanted, got = ([one.shape for one in side] for side in (outputs_of(self.model), gives))
         if wanted != got:
-            said, found = (
-                " and ".join(" × ".join(map(str, s)) for s in side) for side in (wanted, got)
-            )
+            said, found = map(in_words, (wanted, got))
             raise InputRefused(f"{self.name} says that it gives {said} values, not {found}")
 
 

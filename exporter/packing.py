@@ -9,7 +9,7 @@ what it is, (N, C, H, W); several are (N, values) float32, and become tensors wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 def packed_shape(specs: Sequence[TensorSpec]) -> tuple[int, ...]:
     """Return the shape of one sample of all these inputs."""
     return specs[0].shape if len(specs) == 1 else (sum(prod(spec.shape) for spec in specs),)
+
+
+def in_words(shapes: Iterable[Sequence[int]]) -> str:
+    """Return shapes as they are said: ``1 × 8 × 8 and 2 × 4``."""
+    return " and ".join(" × ".join(map(str, shape)) for shape in shapes)
 
 
 def pack(arrays: Sequence[Array]) -> Array:

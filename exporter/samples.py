@@ -69,6 +69,11 @@ def fitting(channels: int) -> str:
     return "digits" if channels == 1 else "repeated-digits"
 
 
+def fitting_all(inputs: Sequence[TensorSpec]) -> str:
+    """Return the same for a network of these inputs: `NO_DATA` for several, which none fit."""
+    return fitting(inputs[0].shape[0]) if len(inputs) == 1 else NO_DATA
+
+
 NO_DATA = ""  # a model's own, where it has none
 SPLITS = {"digits": digits, "repeated-digits": repeated_digits}
 

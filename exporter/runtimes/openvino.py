@@ -26,6 +26,7 @@ from exporter.records import THREADS, Execution, Feed, Kernel, OnnxModel, Output
 from exporter.runtimes._asked import asked_layers
 from exporter.runtimes._graph import has_float8, read_graph
 from exporter.runtimes._openvino import executed, kernel_times
+from exporter.samples import noise
 
 _CHOOSE_ALONE = ("AUTO", "MULTI", "HETERO", "BATCH")  # they fall back from one device to another
 
@@ -102,9 +103,12 @@ class OpenVino(Plugin, frozen=True):
         import numpy as np
 
         compiled = self._compiled(path, profiled=True, batch=batch)
-        draw = np.random.default_rng(0).standard_normal
         session = _Session(compiled, path.name)
-        drawn = {given.any_name: draw(tuple(given.shape)) for given in compiled.inputs}
+        drawn = {}
+        for seed, given in enumerate(compiled.inputs):
+            kind = "uint8" if given.element_type.to_dtype() == np.uint8 else "float32"
+            count, *rest = given.shape
+            drawn[given.any_name] = noise(tuple(rest), count=count, seed=seed, dtype=kind)
         request, _read = session.prepared(drawn)
         times: dict[str, list[float]] = {}
         for turn in range(warmup + runs):

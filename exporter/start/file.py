@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -175,7 +176,7 @@ class FileStart:
 
         stored = self.model.graph.initializer
         floats = [t for t in stored if t.data_type == onnx.TensorProto.FLOAT]
-        return sum(onnx.numpy_helper.to_array(tensor).size for tensor in floats)
+        return sum(prod(tensor.dims) for tensor in floats)
 
     def double(self) -> Session:
         return GraphSession.of(self.model, double=True)

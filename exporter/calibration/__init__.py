@@ -77,7 +77,7 @@ def calibrate(
     )
     written = [name for name in _written(model) if name in told]  # in the nodes' order
     floats = {*given, *written}
-    watched = {name: Magnitudes.empty() for name in watched_tensors(model) if name in floats}
+    watched = {name: Magnitudes() for name in watched_tensors(model) if name in floats}
     found: dict[str, Magnitudes | Range] = {**watched}
     found |= {name: Range() for name in (*given, *written) if name not in watched}
     count = 0
@@ -146,13 +146,16 @@ def _one_by_one(feeds: Iterable[Feed]) -> Iterator[Feed]:
 def _given(
     session: ort.InferenceSession, wanted: list[str], feeds: Iterable[Feed]
 ) -> Iterator[tuple[Feed, list[Array]]]:
-    """Yield each sample and what the session gives for it, while the next ones run."""
+    """Yield each sample and what the session gives for it, while the next ones run.
+
+    Twice as many wait as run, so that none idles while one is looked at.
+    """
     workers = usable_cores()
     running: deque[tuple[Feed, Future[list[Array]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for sample in _one_by_one(feeds):
             running.append((sample, pool.submit(session.run, wanted, dict(sample))))
-            if len(running) > workers:
+            if len(running) > 2 * workers:
                 before, made = running.popleft()
                 yield before, made.result()
         for before, made in running:

@@ -28,6 +28,7 @@ _FINITE = 0x7F80 << 1  # bins; those from here on would hold infinity and NaN
 _DIGITS = 42  # of 16 bits, from 2⁻³⁵² on: squares of float32, the smallest and sums of the largest
 _LOWEST = -352
 _TOGETHER = 32  # samples, since one by one costs more
+_AT_ONCE = 1 << 15  # values, since to count a few costs as much as to go through all bins
 _CARRY_AFTER = 1 << 20  # additions, below 2⁴² each
 
 
@@ -181,8 +182,21 @@ class Sums:
         import numpy as np
 
         self._add_waiting()
-        wholes = [sum(d << (16 * i) for i, d in enumerate(row)) for row in self._digits.tolist()]
+        self._carry()
+        wholes = [int.from_bytes(row, "little") for row in self._digits.astype("<u2")]
         return np.array([whole / (count << -_LOWEST) for whole in wholes], dtype=np.float64)
+
+
+def _no_counts() -> Array:
+    import numpy as np
+
+    return np.zeros(_BINS, dtype=np.int64)
+
+
+def _none_waiting() -> Array:
+    import numpy as np
+
+    return np.empty(_AT_ONCE, dtype=np.uint16)
 
 
 @dataclass(slots=True)
@@ -193,17 +207,13 @@ class Magnitudes(Range):
     the order that they came in.
     """
 
-    counts: Array = field(kw_only=True)
     history: list[tuple[int, float, float]] = field(default_factory=list)
+    _counts: Array = field(default_factory=_no_counts)
+    _waiting: Array = field(default_factory=_none_waiting)  # bins of values to be counted
+    _waits: int = 0
     _squares: Sums | None = None
     _elements: int = 0  # of each channel
     _power: Array | None = None
-
-    @classmethod
-    def empty(cls) -> Magnitudes:
-        import numpy as np
-
-        return cls(counts=np.zeros(_BINS, dtype=np.int64))
 
     def add(self, values: Array, fold: int = 0) -> None:
         """Count one sample's values, float32; once a value was not finite, no more is counted."""
@@ -213,16 +223,40 @@ class Magnitudes(Range):
         self._add_rows(rows, fold)
         if not (rows.size and self.finite):
             return
-        bins = (rows.ravel().view(np.uint32) << np.uint32(1)) >> np.uint32(_SHIFT + 1)
-        self.counts += np.bincount(bins, minlength=_BINS)
+        self._count((rows.ravel().view(np.uint32) << np.uint32(1)) >> np.uint32(_SHIFT + 1))
         self._squares = self._squares or Sums(len(rows))
         self._squares.add(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
         self._elements += rows.shape[1]
 
+    def _count(self, bins: Array) -> None:
+        """Count bins, those of small samples when there are enough of them."""
+        if self._waits + bins.size > _AT_ONCE:
+            self._count_now(self._waiting[: self._waits])
+            self._waits = 0
+        if bins.size > _AT_ONCE:
+            self._count_now(bins)
+        else:
+            self._waiting[self._waits : self._waits + bins.size] = bins
+            self._waits += bins.size
+
+    def _count_now(self, bins: Array) -> None:
+        import numpy as np
+
+        found = np.bincount(bins)
+        self._counts[: len(found)] += found
+
+    @property
+    def counts(self) -> Array:
+        """Return how many values fell into each bin, int64."""
+        self._count_now(self._waiting[: self._waits])
+        self._waits = 0
+        return self._counts
+
     def divided(self, whole: TensorStatistics, divisor: Array | float) -> Self:
         """Return these counts with the ranges and powers of another tensor, divided likewise."""
         power: Array = whole.channel_power / divisor**2
-        return replace(Range.divided(self, whole, divisor), _power=power)
+        found = Range.divided(self, whole, divisor)
+        return replace(found, _counts=self.counts, _waits=0, _power=power)
 
     def mark(self) -> None:
         """Add to the history where the scales are now."""

@@ -115,8 +115,10 @@ def _max_pool(a: Attributes, x: Tensor) -> Tensor:
     strides, dilations = a.get("strides", [1] * len(kernel)), a.get("dilations", [1] * len(kernel))
     padded, _ = _padded(a, x, kernel, strides, dilations, -math.inf)
     run = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[len(kernel) - 1]
+    if len(kernel) == 2:  # with the channels last, PyTorch takes a quarter of the time
+        padded = padded.contiguous(memory_format=torch.channels_last)
     y: Tensor = run(padded, kernel, strides, 0, dilations, bool(a.get("ceil_mode", 0)))
-    return y[_windows(x, strides, pads_of(a, x.shape[2:], kernel, strides, dilations))]
+    return y.contiguous()[_windows(x, strides, pads_of(a, x.shape[2:], kernel, strides, dilations))]
 
 
 def _windows(x: Tensor, strides: Sequence[int], pads: Sequence[int]) -> tuple[Any, ...]:

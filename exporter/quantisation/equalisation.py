@@ -51,14 +51,15 @@ class Factors:
                 self._terms[name] = _Tensor.of(network, observed, name)
 
     def best(self, peaks: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
-        """Return s of each group, (C,) float32 with largest value 1, by the group's name.
+        """Return s of each group, (…, C) float32 with largest value 1, by the group's name.
 
-        ``peaks`` (C,) are the largest magnitudes of each tensor that is read quantised.
+        ``peaks`` (…, C) are the largest magnitudes of each tensor that is read quantised, a row for
+        each set of samples; a group of which a tensor is 0 on all samples of a set has no factors.
         """
         found = {}
         for group, names in self._members.items():
             reached = [peaks[name].double().numpy() for name in names]
-            if all(peak.max() > 0 for peak in reached):
+            if all((peak.max(axis=-1) > 0).all() for peak in reached):
                 terms = [self._terms[name] for name in names]
                 found[group] = torch.from_numpy(_solve(terms, reached, p)).float()
         return found
@@ -91,35 +92,42 @@ class _Tensor(NamedTuple):
         )
 
     def pulls(self, peak: Array, s: Array, p: float) -> tuple[Array, Array]:
-        """Return what grows with each s_c, and what shrinks, of the predicted error."""
+        """Return what grows with each s_c, and what shrinks, of the predicted error, (…, C)."""
         import numpy as np
 
         share = (peak / s) ** p
-        step = share.sum() ** (2 / p)
+        total = _sum(share)
+        step = total ** (2 / p)
         grows = step * self.gain * s**2
-        shrinks = step * (self.gain * s**2).sum() * share / share.sum()
+        shrinks = step * _sum(self.gain * s**2) * share / total
         power, to_norm = self.power / s**2, s**_WEIGHT_NORM
         for largest, gain in self.readers:
-            row = largest @ to_norm
+            row = to_norm @ largest.T
             noise = _WEIGHTS * gain * row ** (2 / _WEIGHT_NORM)
             per_row = np.divide(noise, row, out=np.zeros_like(row), where=row > 0)
-            grows = grows + (per_row @ largest) * to_norm * power.sum()
-            shrinks = shrinks + noise.sum() * power
+            grows = grows + (per_row @ largest) * to_norm * _sum(power)
+            shrinks = shrinks + _sum(noise) * power
         return grows, shrinks
 
 
 def _solve(tensors: Sequence[_Tensor], peaks: Sequence[Array], p: float) -> Array:
-    """Return s, (C,) float64 with largest value 1, of the tensors of one group."""
+    """Return s, (…, C) float64 with largest value 1, of the tensors of one group."""
     import numpy as np
 
-    reached = [np.maximum(peak, _FLOOR * peak.max()) for peak in peaks]
+    reached = [np.maximum(peak, _FLOOR * peak.max(axis=-1, keepdims=True)) for peak in peaks]
     s: Array = np.ones_like(reached[0])
     for _ in range(_STEPS):
         pulls = [t.pulls(peak, s, p) for t, peak in zip(tensors, reached, strict=True)]
         grows, shrinks = (sum(parts) for parts in zip(*pulls, strict=True))
         s = s * (shrinks / grows) ** (1 / (p + 2))
-        s = s / s.max()
+        s = s / s.max(axis=-1, keepdims=True)
     return s
+
+
+def _sum(values: Array) -> Array:
+    """Return the sum over channels, as one."""
+    total: Array = values.sum(axis=-1, keepdims=True)
+    return total
 
 
 def _reader(weights: Tensor, gain: Tensor) -> tuple[Array, Array]:

@@ -93,28 +93,27 @@ class Folds:
     def _steps(self, norm: float | None) -> Callable[[int, float], dict[str, Steps]]:
         """Return what gives the steps for a fold, from the ranges of the others, and a headroom."""
         network = self._network
-        ranges = {fold: self._ranges(fold) for fold in self._samples}
-        by_fold = {}
-        for fold, seen in ranges.items():
-            peaks = {name: peak(network, name, *sides) for name, sides in seen.items()}
-            by_fold[fold] = {} if norm is None else self._factors.best(peaks, norm)
+        ranges = {name: self._ranges(name) for name in network.tensors}
+        peaks = {name: peak(network, name, *sides) for name, sides in ranges.items()}
+        by_group = {} if norm is None else self._factors.best(peaks, norm)
+        rows = {fold: row for row, fold in enumerate(self._samples)}
 
         def found(fold: int, headroom: float) -> dict[str, Steps]:
+            row = rows[fold]
+            divisors = {group: factors[row] for group, factors in by_group.items()}
             return {
-                name: self._scaled(name, *sides, by_fold[fold], headroom)
-                for name, sides in ranges[fold].items()
+                name: self._scaled(name, low[row], high[row], divisors, headroom)
+                for name, (low, high) in ranges.items()
             }
 
         return found
 
-    def _ranges(self, fold: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return each tensor's smallest and largest values, (C,), in all folds but one."""
-        found = {}
-        for name in self._network.tensors:
-            low, high = self._observed.low[name], self._observed.high[name]
-            others = [other for other in range(len(low)) if other != fold]
-            found[name] = (low[others].amin(dim=0), high[others].amax(dim=0))
-        return found
+    def _ranges(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return a tensor's smallest and largest values in all folds but one, (folds, C)."""
+        low, high = self._observed.low[name], self._observed.high[name]
+        every = range(len(low))
+        others = torch.tensor([[o for o in every if o != fold] for fold in self._samples])
+        return low[others].amin(dim=1), high[others].amax(dim=1)
 
     def _scaled(
         self,

@@ -34,8 +34,8 @@ LIMIT = 127
 _COLUMNS = 6144
 _DAMPING = 0.01
 _TOGETHER = 1152  # weights of a row that make up for one another: 128 channels of 3×3
-_BLOCK = 128
-_PART = 16
+_BLOCK = 128  # what is owed by all behind it is one product,
+_PART = 32  # and what is owed by those behind it in the block another
 
 
 def weight_scales(weights: Tensor) -> Tensor:
@@ -139,19 +139,13 @@ def _round(systems: list[_System]) -> Tensor:
         weights.append((system.weights / system.scales)[:, order].T.numpy())
     factor, exact = np.stack(factors), np.stack(weights)  # of (K, K), and of (K, O) in steps
     errors, owed = (np.zeros_like(exact) for _ in range(2))
-    for start, stop, inner in _blocks(exact.shape[1]):
-        behind = slice(stop, inner)
-        if errors[:, behind].size:
-            owing = factor[:, behind, start:stop].transpose(0, 2, 1)
-            owed[:, start:stop] += owing @ errors[:, behind]
-        if inner is None:
-            continue
-        for i in range(stop - 1, start - 1, -1):
-            w = exact[:, i]
-            q = np.rint(w + owed[:, i])
-            np.minimum(np.maximum(q, -LIMIT, out=q), LIMIT, out=q)
-            errors[:, i] = w - q
-            owed[:, start:i] += factor[:, i, start:i, None] * errors[:, i, None]
+    for last in range(exact.shape[1], 0, -_BLOCK):
+        first = max(last - _BLOCK, 0)
+        owed[:, first:last] = factor[:, first:last, last:] @ errors[:, last:]
+        for stop in range(last, first, -_PART):
+            part = slice(max(stop - _PART, first), stop)
+            owed[:, part] += factor[:, part, stop:last] @ errors[:, stop:last]
+            _round_one_by_one(exact[:, part], factor[:, part, part], owed[:, part], errors[:, part])
     whole = np.rint(exact - errors)
     found = torch.empty(len(systems), *systems[0].weights.shape)
     for index, order in enumerate(orders):
@@ -159,21 +153,21 @@ def _round(systems: list[_System]) -> Tensor:
     return found
 
 
-def _blocks(count: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yield what to do, from the last weight to the first, as (start, stop, inner).
+def _round_one_by_one(exact: Array, factor: Array, owed: Array, errors: Array) -> None:
+    """Round (systems, k, O) weights from the last to the first; ``errors`` become theirs."""
+    import numpy as np
 
-    A block takes what it is owed by all that are behind it (inner is None), then each part of it
-    what it is owed by the parts behind it, up to ``inner``, where the block ends.
-    """
-    for end in range(count, 0, -_BLOCK):
-        first = max(end - _BLOCK, 0)
-        yield first, end, None
-        for stop in range(end, first, -_PART):
-            yield max(stop - _PART, first), stop, end
+    q = np.empty_like(exact[:, 0])
+    for i in range(exact.shape[1] - 1, -1, -1):
+        within = factor[:, i : i + 1, i + 1 :] @ errors[:, i + 1 :]
+        np.add(within[:, 0], owed[:, i], out=q)
+        np.rint(np.add(q, exact[:, i], out=q), out=q)
+        np.minimum(np.maximum(q, -LIMIT, out=q), LIMIT, out=q)
+        np.subtract(exact[:, i], q, out=errors[:, i])
 
 
 def _root(matrix: Tensor) -> Array:
-    """Return the lower C with C·Cᵀ = H, each column over its diagonal; the identity for zeros.
+    """Return Cᵀ of the lower C with C·Cᵀ = H, each row over its diagonal; the identity for zeros.
 
     H is damped until it has one.
     """
@@ -182,7 +176,7 @@ def _root(matrix: Tensor) -> Array:
     for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING) if mean > 0 else ():
         root, info = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
         if not info:
-            found: Array = (root / root.diagonal()).numpy()
+            found: Array = (root / root.diagonal()).T.contiguous().numpy()
             return found
     return eye.numpy()
 

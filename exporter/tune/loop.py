@@ -13,6 +13,7 @@ from exporter import environment
 from exporter.contracts import Session
 from exporter.errors import BuildError, GraphError, with_hint
 from exporter.flops import count_flops
+from exporter.intervals import FEWEST_PAIRS
 from exporter.latency import measure_latency
 from exporter.parity import compare_outputs
 from exporter.profile import Profile
@@ -20,6 +21,7 @@ from exporter.records import (
     SCHEMA,
     Budget,
     Candidate,
+    Comparison,
     Latency,
     Parity,
     Sensitivity,
@@ -34,7 +36,6 @@ from exporter.version import TOOL
 _USEFUL = 0.5  # accuracy below which a drop in it says little
 _TRYING, _TIMING = 0.6, 0.2  # of the minutes: until when candidates are begun, and for latency
 LIGHT = " light"  # in a candidate's name: kept in the order of error against work
-_FEWEST_RUNS = 11  # of the latency, however slow a network is
 
 
 @dataclass(slots=True)
@@ -181,7 +182,7 @@ class Search:
             msgspec.structs.replace(candidate, latency=by_name.get(candidate.name))
             for candidate in self.candidates
         ]
-        return (*others.doubt(), *_unsteady(found))
+        return (*others.doubt(), *_too_few(timing.runs), *_unsteady(found))
 
     def _timing(self, sessions: dict[str, Session]) -> Timing:
         """Return the profile's timing at its first batch size, with as many runs as there is time.
@@ -199,7 +200,7 @@ class Search:
             seconds = perf_counter() - start
             turn += seconds + max(seconds, timing.settle_ms / 1e3)
         runs = int(_TIMING * 60 * self.minutes / turn) - 2 * timing.warmup
-        runs = min(timing.runs, max(runs, _FEWEST_RUNS))
+        runs = min(timing.runs, max(runs, FEWEST_PAIRS))
         return msgspec.structs.replace(timing, batches=timing.batches[:1], runs=runs)
 
     # ── The choice ──────────────────────────────────────────────────────────────────
@@ -275,7 +276,7 @@ def tuned(profile: Profile, chosen: Candidate) -> Profile:
 def does_it_pay(
     candidates: list[Candidate], precision: str, layers: set[str], runtime: str
 ) -> Iterator[str]:
-    """Yield one sentence: whether a candidate of the precision is shown to be faster than others.
+    """Yield one sentence: whether a candidate of the precision is faster than others.
 
     One that keeps every layer in float counts for the others.
     """
@@ -292,8 +293,17 @@ def does_it_pay(
         f"on {runtime} the fastest candidate with {precision.upper()} layers, {name}, takes "
         f"{fast.p50_ms:.2f} ms, and {other} takes {slow.p50_ms:.2f} ms"
     )
-    pays = search.is_slower(slow, fast)
-    yield f"{precision.upper()} {'pays' if pays else 'does not pay'} here: {said}"
+    speed = Comparison.of(fast, slow).speed
+    pays = {"faster": "pays here", "too few samples": "is not shown to pay here"}
+    yield f"{precision.upper()} {pays.get(speed, 'does not pay here')}: {said} ({speed})"
+
+
+def _too_few(runs: int) -> Iterator[str]:
+    if runs < FEWEST_PAIRS:
+        yield (
+            f"every candidate was timed {runs} times, and with fewer than {FEWEST_PAIRS} none is "
+            "shown to be faster than another"
+        )
 
 
 def _unsteady(found: tuple[Latency, ...]) -> Iterator[str]:

@@ -20,8 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from exporter.evidence import share_bounds
-from exporter.records import Budget, Candidate, Latency, Sensitivity
+from exporter.records import Budget, Candidate, Comparison, Latency, Sensitivity
 
 
 class Choice(NamedTuple):
@@ -97,7 +96,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     if not timed:
         return Choice(None, _nearest(made, good, budget))
     _, fastest = min(timed, key=lambda pair: pair[1].p50_ms)
-    alike = [c for c, latency in timed if not is_slower(latency, fastest)]
+    alike = [c for c, latency in timed if not _is_slower(latency, fastest)]
     return Choice(max(alike, key=_preference), None)
 
 
@@ -125,28 +124,23 @@ def _exactness(candidate: Candidate) -> float:
     return float("-inf") if candidate.sqnr_db is None else candidate.sqnr_db
 
 
-def is_slower(latency: Latency, other: Latency) -> bool:
-    """Return whether a candidate is shown to take longer than another, timed in turn with it.
-
-    The sign test: in more than half of all turns, at 95 % confidence; equal times are no evidence.
-    """
-    pairs = list(zip(latency.samples_ms, other.samples_ms, strict=True))
-    slower, faster = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    return bool(slower) and share_bounds(slower, slower + faster)[0] > 0.5
-
-
 def front(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """Return the names of the candidates that none beats in SQNR, latency and size at once.
 
-    To beat is to be as good in all three and better in one; latencies differ where that is shown.
+    To beat is to be as good in all three and better in one; latencies differ where that is shown
+    (`Comparison`).
     """
     timed = [(c, c.latency) for c in candidates if c.latency is not None and c.parity is not None]
 
     def beats(one: tuple[Candidate, Latency], other: tuple[Candidate, Latency]) -> bool:
         (a, ours), (b, theirs) = one, other
-        if is_slower(ours, theirs) or _exactness(a) < _exactness(b) or a.megabytes > b.megabytes:
+        if _exactness(a) < _exactness(b) or a.megabytes > b.megabytes or _is_slower(ours, theirs):
             return False
         is_better = _exactness(a) > _exactness(b) or a.megabytes < b.megabytes
-        return is_better or is_slower(theirs, ours)
+        return is_better or _is_slower(theirs, ours)
 
     return tuple(c.name for c, t in timed if not any(beats(other, (c, t)) for other in timed))
+
+
+def _is_slower(latency: Latency, other: Latency) -> bool:
+    return Comparison.of(latency, other).speed == "slower"

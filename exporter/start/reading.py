@@ -1,6 +1,6 @@
 """A stranger's ONNX file, made into the graph that the rest of the program reads, or refused.
 
-    file ── check_onnx ──▶ parsed, external data brought in ── normal ──▶ one float32 graph
+    file ── check_onnx ──▶ parsed, external data brought in ── normal ──▶ a float32 graph
 
 Whether the graph still computes the same is not decided here: `exporter.start.file` runs both.
 """
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.emulation import Emulator
 from exporter.emulation.rounding import LAYERS
 from exporter.errors import ExportError, InputRefused
+from exporter.factories import Shapes
 from exporter.onnx_files import LARGEST_FILE, check_onnx
 from exporter.records import TensorSpec
 from exporter.start.normal import (
+    EXTRACT,
     FLOATS_AND_SHAPES,
     ONNX,
     Normal,
     drop_given_constants,
-    input_of,
+    inputs_of_file,
     make_normal,
 )
 from exporter.words import plain, quoted
@@ -46,23 +49,25 @@ class Given(NamedTuple):
     changes: tuple[str, ...]
 
 
-def read_file(path: Path, *, opset: int, input_shape: tuple[int, ...] | None) -> Given:
-    """Return what a file holds, in this opset; ``input_shape`` (C, H, W) says free sizes.
+def read_file(path: Path, *, opset: int, input_shape: Shapes | None) -> Given:
+    """Return what a file holds, in this opset; ``input_shape`` says free sizes.
 
-    Raises `InputRefused` for what `check_onnx` refuses, and for what cannot be started from: other
-    inputs and outputs than one float32 tensor (N, C, H, W) and one (N, classes), other types than
-    float32, quantised graphs, operators that are not known exactly, a batch axis that cannot be
-    freed, and another opset that ONNX cannot convert.
+    It is that of one input, (C, H, W), or of inputs by their names. Raises `InputRefused` for what
+    `check_onnx` refuses, and for what cannot be started from: inputs and outputs that are not
+    float32 tensors with a row for each sample, one input alone that is not (N, C, H, W), an output
+    that is an input or follows from none, other types than float32, quantised graphs, operators
+    that are not known exactly, a batch axis that cannot be freed, and another opset that ONNX
+    cannot convert.
     """
     import onnx
 
     check_onnx(path, runs=False)
     try:
         data = path.read_bytes()
-        spec = _asked_of(onnx.load_model_from_string(data).graph, input_shape)
+        specs = _asked_of(onnx.load_model_from_string(data).graph, input_shape)
     except (ExportError, OSError) as error:
         raise _named(path, error) from error
-    check_onnx(path, runs=True, sizes=spec.shape)
+    check_onnx(path, runs=True, sizes={spec.name: spec.shape for spec in specs})
     try:
         model = onnx.load_model_from_string(data)
         digest, places = _pinned(data, model, path.parent)
@@ -74,7 +79,7 @@ def read_file(path: Path, *, opset: int, input_shape: tuple[int, ...] | None) ->
             )
         original = model.SerializeToString()
         drop_given_constants(model.graph)
-        normal = make_normal(model, spec, opset=opset)
+        normal = make_normal(model, specs, opset=opset)
         _check_values(normal.model)
     except (ExportError, OSError) as error:
         raise _named(path, error) from error
@@ -89,12 +94,12 @@ def _named(path: Path, error: ExportError | OSError) -> InputRefused:
     return InputRefused(f"{plain(path.name)}: {error}", hint=error.hint)
 
 
-def _asked_of(graph: onnx.GraphProto, shape: tuple[int, ...] | None) -> TensorSpec:
-    """Return the input of a graph that can be started from, as far as it tells without a run."""
+def _asked_of(graph: onnx.GraphProto, shape: Shapes | None) -> tuple[TensorSpec, ...]:
+    """Return the inputs of a graph that can be started from, as far as it tells without a run."""
     drop_given_constants(graph)
     _check_ends(graph)
     _check_operators(graph)
-    return input_of(graph, shape)
+    return inputs_of_file(graph, shape)
 
 
 def _pinned(data: bytes, model: onnx.ModelProto, folder: Path) -> tuple[str, list[str]]:
@@ -116,22 +121,48 @@ def _pinned(data: bytes, model: onnx.ModelProto, folder: Path) -> tuple[str, lis
 
 
 def _check_ends(graph: onnx.GraphProto) -> None:
-    """Raise `InputRefused` unless there is one float32 input and one float32 output."""
+    """Raise `InputRefused` unless inputs and outputs are float32 tensors of names of their own.
+
+    And each output is computed from an input.
+    """
     import onnx
 
     for verb, values in (("takes", graph.input), ("gives", graph.output)):
-        if len(values) != 1:
-            names = ", ".join(quoted(value.name) for value in values[:_SHOWN])
+        if not values:
+            raise InputRefused(f"it {verb} no tensor")
+        names = Counter(value.name for value in values)
+        for value in values:
+            if not value.name or names[value.name] > 1:
+                said = "two tensors called" if value.name else "a tensor called"
+                raise InputRefused(
+                    f"it {verb} {said} {quoted(value.name)}, and each needs a name of its own"
+                )
+            kind = value.type.tensor_type.elem_type
+            if kind != onnx.TensorProto.FLOAT:
+                raise InputRefused(
+                    f"it {verb} {quoted(value.name)} as {_kind(kind)}, where FLOAT is needed",
+                    hint=_half_hint(kind) or _ends_hint(verb),
+                )
+    taken = {value.name for value in graph.input}
+    follows = set(taken)
+    for node in graph.node:
+        if follows.intersection(node.input):
+            follows.update(node.output)
+    for value in graph.output:
+        if value.name in taken:
             raise InputRefused(
-                f"it {verb} {len(values)} tensors ({names}), and only files of one input and one "
-                "output can be started from so far"
+                f"its output {quoted(value.name)} is its input as it is, and nothing computes it",
+                hint=EXTRACT,
             )
-        kind = values[0].type.tensor_type.elem_type
-        if kind != onnx.TensorProto.FLOAT:
+        if value.name not in follows:
             raise InputRefused(
-                f"it {verb} {quoted(values[0].name)} as {_kind(kind)}, where FLOAT is needed",
-                hint=_half_hint(kind),
+                f"its output {quoted(value.name)} is a constant: no input leads to it",
+                hint=EXTRACT,
             )
+
+
+def _ends_hint(verb: str) -> str | None:
+    return EXTRACT if verb == "gives" else None
 
 
 def _check_operators(graph: onnx.GraphProto) -> None:

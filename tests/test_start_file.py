@@ -349,7 +349,7 @@ REFUSED = {
     optimised: ("not ONNX's own: com.microsoft::FusedConv", "before a runtime optimised it"),
     training: ("the BatchNormalization 'bn' is in training mode", "module.eval()"),
     broken: ("its tensor 'w' holds 1 values that are NaN or infinite", ""),
-    unknown: ("the float64 reference does not know what it has: Hardmax", "extract_model"),
+    unknown: ("the float64 reference does not know what it has: Hardmax 'hard'", "extract_model"),
     matrix: ("its input 'x' is free × 3, where N × C × H × W is needed", ""),
 }
 

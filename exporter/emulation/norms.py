@@ -61,11 +61,10 @@ def normalisation(op: str) -> Callable[..., Tensor]:
 
 def lrn(a: Attributes, x: Tensor) -> Tensor:
     """Return x / (bias + α/size · Σ x²)^β, the sum over ``size`` channels around each."""
-    size = a["size"]
-    begin = (size - 1) // 2
-    squares = (x * x).transpose(1, -1)
-    padded = functional.pad(squares, (begin, size - 1 - begin))
-    total = padded.unfold(-1, size, 1).sum(-1).transpose(1, -1)
+    size, channels = a["size"], x.shape[1]
+    begin, end = (min(n, channels) for n in ((size - 1) // 2, size // 2))
+    squares = functional.pad((x * x).transpose(1, -1), (begin, end))
+    total = squares.unfold(-1, begin + 1 + end, 1).sum(-1).transpose(1, -1)
     scale: Tensor = float(a.get("bias", 1.0)) + float(a.get("alpha", 1e-4)) / size * total
     return x / scale ** float(a.get("beta", 0.75))
 

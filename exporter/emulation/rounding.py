@@ -38,7 +38,9 @@ error, which is compared where every tensor is read out, is held to what sums lo
 
 Moves, maxima and comparisons round nothing. A Sum or Mean of more than two tensors may round every
 partial sum, of Σ |pᵢ| at most. A BatchNorm adds up terms that may cancel, x·k, μ·k and
-β, and is given the rounding of each. Functions such as exp or tanh are given four roundings
+β, and is given the rounding of each; an instance, group or layer norm that of its two sums as
+well. A sum of terms of one sign (ReduceL1, ReduceL2, …) is given (n/2 + 1)·u²/3 of its square, a
+product of n factors n·u²/3. Functions such as exp or tanh are given four roundings
 of the larger of their value and 1, since libraries approximate them in many ways.
 """
 

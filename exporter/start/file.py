@@ -29,7 +29,7 @@ from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
 from exporter.reference import GraphSession
 from exporter.samples import feeds, fitting_all, noise
-from exporter.start.reading import Given, read_file
+from exporter.start.reading import FEWEST, Given, read_file
 from exporter.weights import Loaded
 from exporter.words import plain, quoted
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from exporter.fold.same import Example
 
 _LONGEST = 64  # characters of a name that files are called by
-_FEWEST = 3  # samples that a file is held against its emulation on
 _SAME = 1e-9  # float64's rounding stays far below it
 
 
@@ -106,7 +105,8 @@ class OnnxFile:
         try:
             _check_same(given, self.runtime)
         except BuildError as error:
-            reason = str(error).rpartition(" failed:")[2].rstrip(".")  # not where a copy of it is
+            whole = str(error).partition("given.onnx: ")[2] or str(error)
+            reason = whole.rpartition(" failed:")[2].rstrip(".")  # not where a copy of it is
             raise InputRefused(f"{self.file}: ONNX Runtime refuses it: {reason}") from error
         except GraphError as error:
             raise InputRefused(f"{self.file}: {error}", hint=error.hint) from error
@@ -115,19 +115,25 @@ class OnnxFile:
 
 def _check_same(given: Given, runtime: Runtime) -> None:
     """Raise `GraphError` unless the file, run as it is, gives what its emulation does."""
+    import numpy as np
+
     normal = given.normal
     emulator, names = Emulator.of(normal.model), [spec.name for spec in normal.outputs]
-    size = normal.batch or _FEWEST
-    count = size * -(-_FEWEST // size)
-    inputs = noise(packed_shape(normal.inputs), count=count, seed=0)
+    size = normal.batch or FEWEST
+    inputs = noise(packed_shape(normal.inputs), count=FEWEST, seed=0)
 
     def emulated(kind: Any, at_once: int) -> dict[str, Array]:
         return emulate(emulator, feeds(inputs, normal.inputs, size=at_once), kind)
 
     exact, noisy, singly = (
-        emulated(*how) for how in (("exact", count), ("noisy", count), ("exact", 1))
+        emulated(*how) for how in (("exact", FEWEST), ("noisy", FEWEST), ("exact", 1))
     )
     for name in names:
+        if bad := int((~np.isfinite(exact[name])).sum()):
+            raise GraphError(
+                f"{bad} of {exact[name].size} values of its output {quoted(name)} are NaN or "
+                "infinite on noise of unit variance, in float64"
+            )
         same = singly[name].shape == exact[name].shape
         apart = distance(singly[name], exact[name]) if same else None
         if apart is None or apart > _SAME:
@@ -136,7 +142,7 @@ def _check_same(given: Given, runtime: Runtime) -> None:
                 f"else as {quoted(name)}"
             )
     with _opened(runtime, given.original) as session:
-        got = collect_all(session, feeds(inputs, normal.inputs, size=size), names, samples=count)
+        got = collect_all(session, feeds(inputs, normal.inputs, size=size), names, samples=FEWEST)
     said = judge_outputs(exact, got, exact=exact, noisy=noisy, against="what its operators mean")
     if said.failures:
         raise GraphError(

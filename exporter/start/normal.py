@@ -8,17 +8,18 @@ each.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.rounding import EXACT
-from exporter.errors import GraphError, InputRefused, nearest
-from exporter.factories import Shapes
+from exporter.errors import GraphError, InputRefused
 from exporter.onnx_edits import drop_unread, replace_nodes
 from exporter.packing import inputs_of_graph
 from exporter.records import TensorSpec
+from exporter.start.ends import EXTRACT, sizes_of
+from exporter.start.shapes import compute_shapes, free_shapes
 from exporter.to_onnx import module_of, name_nodes, strip
 from exporter.words import plain, quoted
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 ONNX = ("", "ai.onnx")  # the domain of its own operators
 FLOATS_AND_SHAPES = {1, 6, 7, 9}  # onnx.TensorProto: FLOAT, and INT32, INT64 and BOOL
-EXTRACT = "leave it out of the file's outputs: onnx.utils.extract_model(path, to, inputs, outputs)"
 _BATCH = "batch"
+_PLACED, _PLACE = 11, "coordinate_transformation_mode"  # since which opset Resize has it
 _SAMPLES = 2
 _LARGEST_CONSTANT = 1 << 24  # values of one that is computed here
 
@@ -79,9 +80,12 @@ def make_normal(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...], *, opset
     if count := _fold_constants(model):
         changes.append(f"what reads constants alone computed, nodes: {count}")
     if batch is not None:
-        _free_reshapes(model.graph, batch)
-        _free_resizes(model.graph, batch)
-    outputs = _infer(model, batch)
+        free_shapes(model.graph, batch)
+    _check_sizes(model, batch)
+    outputs = _gives(model, batch)
+    if count := compute_shapes(model):
+        changes.append(f"what follows from shapes alone computed, nodes: {count}")
+    _declare(model, outputs)
     return Normal(model, inputs, outputs, found, batch, tuple(changes))
 
 
@@ -90,76 +94,27 @@ def _converted(model: onnx.ModelProto, found: int, opset: int) -> onnx.ModelProt
     import onnx
 
     try:
-        return onnx.version_converter.convert_version(model, opset)
+        converted = onnx.version_converter.convert_version(model, opset)
     except Exception as error:  # its C++ raises what comes to it
+        reason = _why(error).rpartition(" failed: ")[2]  # not where in its sources
         raise InputRefused(
-            f"it uses opset {found}, and ONNX cannot convert it to the profile's {opset}: "
-            f"{_why(error)}",
+            f"it uses opset {found}, and ONNX cannot convert it to the profile's {opset}: {reason}",
             hint=f"keep its own with --set opset={found}, or export it anew",
         ) from error
+    if found < _PLACED:
+        _place_as_before(converted.graph)
+    return converted
 
 
-def inputs_of_file(graph: onnx.GraphProto, shape: Shapes | None) -> tuple[TensorSpec, ...]:
-    """Return the inputs in the file's order; ``shape`` says sizes that are open.
+def _place_as_before(graph: onnx.GraphProto) -> None:
+    """Say where a Resize takes its values from as it once was; the converter leaves it unsaid."""
+    import onnx
 
-    It is that of one input, (C, H, W), or of inputs by their names. Raises `InputRefused` for a
-    name that no input has, for one input alone that is not (N, C, H, W), for others that are not
-    (N, …), and for sizes that stay open or are not what ``shape`` says.
-    """
-    names = [value.name for value in graph.input]
-    if isinstance(shape, Mapping):
-        if unknown := [name for name in shape if name not in names]:
-            raise InputRefused(
-                f"it has no input {quoted(unknown[0])}, and takes {_listed(names)}",
-                hint=nearest(unknown[0], map(plain, names)),
-            )
-    elif shape is not None and len(names) > 1:
-        raise InputRefused(
-            f"it takes {len(names)} inputs, {_listed(names)}, and one shape without a name was "
-            "given",
-            hint="name each whose sizes are open, as --input NAME=CxHxW",
-        )
-    said = shape if isinstance(shape, Mapping) else dict.fromkeys(names, shape)
-    return tuple(_input(value, said.get(value.name), len(names)) for value in graph.input)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(quoted, names))
-
-
-def _input(value: onnx.ValueInfoProto, shape: tuple[int, ...] | None, count: int) -> TensorSpec:
-    """Return one of so many inputs. Raises `InputRefused`."""
-    sizes = _sizes(value)
-    named = quoted(value.name)
-    said = " × ".join("free" if size is None else str(size) for size in sizes) or "without axes"
-    if len(sizes) != 4 and (count == 1 or len(sizes) < 2):
-        needed = "N × C × H × W" if count == 1 else "N × …"
-        raise InputRefused(f"its input {named} is {said}, where {needed} is needed")
-    if sizes[0] is not None and sizes[0] < 1:
-        raise InputRefused(
-            f"its input {named} is {said}, and a batch of {sizes[0]} holds no sample",
-            hint="export it anew with a free batch axis (dynamic_axes or dynamic_shapes)",
-        )
-    rest = sizes[1:]
-    if shape is None and None in rest:
-        option = "--input 3x224x224" if count == 1 else f"--input {plain(value.name)}=3x224x224"
-        raise InputRefused(
-            f"its input {named} is {said}, which leaves sizes open", hint=f"say them, as {option}"
-        )
-    wanted = tuple(size or 0 for size in rest) if shape is None else shape
-    fits = len(wanted) == len(rest) and all(
-        size in (None, want) for size, want in zip(rest, wanted, strict=False)
-    )
-    if not fits or min(wanted) < 1:
-        asked = " × ".join(map(str, wanted))
-        raise InputRefused(f"its input {named} is {said}, and cannot be {asked}")
-    return TensorSpec(value.name, wanted)
-
-
-def _sizes(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Return a tensor's sizes, None where they are open."""
-    axes = value.type.tensor_type.shape.dim
-    return [axis.dim_value if axis.HasField("dim_value") else None for axis in axes]
+    for node in graph.node:
+        told = {attribute.name for attribute in node.attribute}
+        if node.op_type == "Resize" and not told & {_PLACE, "nearest_mode"}:
+            said = {_PLACE: "asymmetric", "nearest_mode": "floor"}
+            node.attribute.extend(onnx.helper.make_attribute(*pair) for pair in said.items())
 
 
 def _free(graph: onnx.GraphProto, specs: Sequence[TensorSpec]) -> int | None:
@@ -169,7 +124,7 @@ def _free(graph: onnx.GraphProto, specs: Sequence[TensorSpec]) -> int | None:
     """
     fixed = {}
     for value, spec in zip(graph.input, specs, strict=True):
-        batch, *_ = _sizes(value)
+        batch, *_ = sizes_of(value)
         if batch is not None:
             fixed[value.name] = batch
         first, *others = value.type.tensor_type.shape.dim
@@ -237,54 +192,6 @@ def _fold_constants(model: onnx.ModelProto) -> int:
     return count
 
 
-def _free_reshapes(graph: onnx.GraphProto, batch: int) -> None:
-    """Let each Reshape to (batch, …) keep the samples that it is given, however many these are.
-
-    One whose first axis is not of samples then gives another shape, or other values for one sample
-    alone, and the file is refused for that.
-    """
-    import numpy as np
-    import onnx
-
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        plain_zero = not any(a.name == "allowzero" and a.i for a in node.attribute)
-        if node.op_type != "Reshape" or node.input[1] not in stored or not plain_zero:
-            continue
-        first, *rest = onnx.numpy_helper.to_array(stored[node.input[1]]).tolist() or [0]
-        if first == batch:
-            name = f"{node.name}.shape"
-            shape = np.array([0, *rest], np.int64)
-            graph.initializer.append(onnx.numpy_helper.from_array(shape, name))
-            node.input[1] = name
-    drop_unread(graph)
-
-
-def _free_resizes(graph: onnx.GraphProto, batch: int) -> None:
-    """Let each Resize to the sizes (batch, …) keep the samples that it is given."""
-    import numpy as np
-    import onnx
-
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        if node.op_type == "Resize" and len(node.input) > 3 and node.input[3] in stored:
-            first, *rest = onnx.numpy_helper.to_array(stored[node.input[3]]).tolist() or [0]
-            whole = not any(a.name == "axes" for a in node.attribute)
-            if first == batch and whole:
-                count, others, sizes = (f"{node.name}.{part}" for part in ("count", "rest", "to"))
-                value = onnx.numpy_helper.from_array(np.array(rest, np.int64), others)
-                graph.initializer.append(value)
-                nodes += [
-                    onnx.helper.make_node("Shape", node.input[:1], [count], count, start=0, end=1),
-                    onnx.helper.make_node("Concat", [count, others], [sizes], sizes, axis=0),
-                ]
-                node.input[3] = sizes
-        nodes.append(node)
-    replace_nodes(graph, nodes)
-    drop_unread(graph)
-
-
 def _computed(emulator: Emulator, step: Step, constants: Values) -> Values | None:
     """Return what a node makes of constants, or None where it reads others or gives an output."""
     known = all(name in constants for name in step.reads if name)
@@ -296,8 +203,11 @@ def _computed(emulator: Emulator, step: Step, constants: Values) -> Values | Non
     return found if all(v.numel() <= _LARGEST_CONSTANT for v in found.values()) else None
 
 
-def _infer(model: onnx.ModelProto, batch: int | None) -> tuple[TensorSpec, ...]:
-    """Declare and return the outputs. Raises `InputRefused` unless each is (N, …), N free."""
+def _check_sizes(model: onnx.ModelProto, batch: int | None) -> None:
+    """Raise `InputRefused` for shapes that contradict one another; outputs are undeclared.
+
+    ``batch`` is what was freed.
+    """
     import onnx
 
     for value in model.graph.output:
@@ -305,10 +215,14 @@ def _infer(model: onnx.ModelProto, batch: int | None) -> tuple[TensorSpec, ...]:
     try:
         onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        raise InputRefused(
-            f"the shapes of its tensors do not go together: {_why(error)}"
-        ) from error
-    outputs = _gives(model, batch)
+        said = f"the shapes of its tensors do not go together: {_why(error)}"
+        raise (InputRefused(said) if batch is None else _not_freed(batch, said)) from error
+
+
+def _declare(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> None:
+    """Declare the outputs with a free batch axis. Raises `InputRefused` where that is not valid."""
+    import onnx
+
     for value, spec in zip(model.graph.output, outputs, strict=True):
         sizes: list[str | int | None] = [_BATCH, *spec.shape]
         declared = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, sizes)
@@ -317,7 +231,6 @@ def _infer(model: onnx.ModelProto, batch: int | None) -> tuple[TensorSpec, ...]:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputRefused(f"not valid ONNX with a free batch axis: {_why(error)}") from error
-    return outputs
 
 
 def _why(error: Exception) -> str:

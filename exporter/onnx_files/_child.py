@@ -106,10 +106,10 @@ def _unknown(graph: onnx.GraphProto) -> Any:
         if prod(sizes) * width > LARGEST_TENSOR or min(sizes, default=0) < 0:
             node = kinds.get(value.name)
             what = f"{node.op_type} {node.name!r} makes" if node else "the graph is given"
-            raise Refused(
-                f"{what} {value.name[:80]!r} of {' × '.join(map(str, sizes))}, which is "
-                f"{prod(sizes) * width / 1e9:,.0f} GB"
-            )
+            said = f"{what} {value.name[:80]!r} of {' × '.join(map(str, sizes))}"
+            if min(sizes) < 0:
+                raise Refused(f"{said}, and no size is negative")
+            raise Refused(f"{said}, which is {prod(sizes) * width / 1e9:,.0f} GB")
     yield from (name for name in kinds if name and name not in known)
 
 

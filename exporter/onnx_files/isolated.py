@@ -57,5 +57,6 @@ def check_isolated(
 
 
 def _said(error: object) -> str:
-    """Return what a library says is wrong, on one line and without the exception's name."""
-    return plain(" ".join(str(error).partition(": ")[2].split()), most=200).rstrip(".")
+    """Return what a library says is wrong, on one line, without its name or where the file is."""
+    line = " ".join(str(error).partition(": ")[2].split()).rpartition(" failed:")[2]
+    return plain(line, most=200).rstrip(".")

@@ -428,12 +428,13 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
 
             from exporter import pipeline
             from exporter.renderers import terminal
+        shape = asked["input_shape"]
         report = pipeline.run(
             start_of(asked, profile.model.args),
             profile,
             asked["out"],
             weights=asked["weights"],
-            input_shape=size_of(asked["input_shape"]),
+            input_shape=size_of(shape) if asked["onnx"] is None else shape,
             classes=asked["classes"],
             calibration=asked["calibration"],
             data=asked["data"],

@@ -37,6 +37,7 @@ from exporter.data import (
     shared_samples,
 )
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
+from exporter.factories import Shapes
 from exporter.initial import Initial
 from exporter.network import code_of, kind_of
 from exporter.packing import in_words, packed_shape, unpack
@@ -100,7 +101,7 @@ class Job:
         profile: Profile,
         *,
         weights: Path | Initial | None,
-        input_shape: tuple[int, ...] | None,
+        input_shape: Shapes | None,
         calibration: Data | None,
         progress: Progress,
         data: Data | None = None,
@@ -120,8 +121,10 @@ class Job:
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
         precisions = {n: load_precision(n, c.options) for n, c in profile.precision.items()}
-        first = TensorSpec(chosen.input.name, input_shape or chosen.input.shape)
-        inputs = (first, *inputs_of(chosen)[1:])
+        first, *more = inputs_of(chosen)
+        if isinstance(input_shape, tuple):
+            first = TensorSpec(first.name, input_shape)
+        inputs = (first, *more)
         _check_memory(inputs, profile, own=data is None or is_built_in(data))
         start = network.start(weights, inputs, profile)
         inputs = start.inputs

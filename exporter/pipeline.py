@@ -26,6 +26,7 @@ from exporter.bundle import new_bundle, write_manifest
 from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
+from exporter.factories import Shapes
 from exporter.flops import count_flops
 from exporter.graphs import convert_all, export_source
 from exporter.initial import Initial
@@ -61,7 +62,7 @@ def run(
     out: Path,
     *,
     weights: Path | Initial | None = None,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: Shapes | None = None,
     classes: int | None = None,
     calibration: Data | None = None,
     data: Data | None = None,
@@ -73,11 +74,11 @@ def run(
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract; a path is
     an ONNX file's, which is network and weights in one. ``weights`` replaces its own (see
     `load_weights`; "random" are values from a seed, "factory" those that a factory made),
-    ``input_shape`` its own (C, H, W), ``classes`` their number, ``data`` its own samples by any
-    that `exporter.data` takes, in words or in memory, and ``calibration``, such data or one array
-    (N, C, H, W) float32, the draw from those; samples that the result is judged on are refused
-    there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle ``out``
-    is written whole or not at all.
+    ``input_shape`` its own (C, H, W), of a file's inputs also by their names, ``classes`` their
+    number, ``data`` its own samples by any that `exporter.data` takes, in words or in memory, and
+    ``calibration``, such data or one array (N, C, H, W) float32, the draw from those; samples that
+    the result is judged on are refused there unless ``allow_overlap``. Words with a colon name
+    code, which is run. The bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from

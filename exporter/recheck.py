@@ -68,14 +68,18 @@ def check_bundle(
     manifest, before = read_bundle(folder)
     _check_start(model, before.source)
     profile = load_profile(folder / "profile.toml")
-    shape = profile.preprocess.channels_first(before.source.input.shape)
+    shape: Shapes | None = profile.preprocess.channels_first(before.source.input.shape)
+    if before.source.file:
+        shape = {spec.name: spec.shape for spec in before.source.inputs}
+    elif before.source.more_inputs:
+        shape = None
     if isinstance(model, nn.Module):
         model = live_model(model, _shapes(before, profile), name=before.source.model)
     job = Job.resolve(
         model or before.source.model,
         profile,
         weights=weights,
-        input_shape=None if before.source.more_inputs else shape,
+        input_shape=shape,
         classes=_classes(before),
         calibration=calibration,
         data=data,

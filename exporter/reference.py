@@ -95,6 +95,7 @@ class GraphSession:
 
         def run() -> Outputs:
             with torch.inference_mode():
-                return {name: got.numpy() for name, got in self.emulator.run(tensors).items()}
+                found = self.emulator.run(tensors)
+                return {name: found[name].numpy() for name in self.emulator.outputs}
 
         return run

@@ -268,7 +268,8 @@ def test_the_command_line_names_inputs(data, tmp_path):
     for wrong, code, said in (
         (["--input", "1x16x16", "--input", "flow=2x6x6"], 2, "several inputs need a name each"),
         (["--input", "a=1x16x16", "--input", "a=2x6x6"], 2, "several inputs need a name each"),
-        (["--input", "1a=1x16x16"], 2, "'1a' is not the name of an input"),
+        (["--input", "1a=1x16x16"], 3, "resnet18 takes one input, and --input names 1a"),
+        (["--input", "=1x16x16"], 2, "'=1x16x16' has no name in front of its ="),
         (["--input", "input=1x32x32"], 3, "resnet18 takes one input, and --input names input"),
     ):
         done = CliRunner().invoke(main, [*base, *wrong])

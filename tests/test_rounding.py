@@ -19,6 +19,8 @@ from exporter.emulation.rounding import (
     FLOAT16,
     FUNCTIONS,
     LAYERS,
+    NORMS,
+    REDUCTIONS,
     SUMS,
     input_variance,
     round_to,
@@ -195,6 +197,70 @@ def test_a_batchnorm_loses_no_more_in_either_form_whatever_cancels(form, centre)
 # ── Storing ─────────────────────────────────────────────────────────────────────────
 
 
+NORMALISED = {
+    "InstanceNormalization": {"epsilon": 1e-5},
+    "GroupNormalization": {"epsilon": 1e-5, "num_groups": 40},
+    "LayerNormalization": {"epsilon": 1e-5, "axis": 2},
+}
+
+
+@pytest.mark.parametrize("op", NORMALISED)
+@pytest.mark.parametrize("form", ["mean of (x − μ)²", "mean of x², less μ²"])
+@pytest.mark.parametrize("centre", [0, 3])
+@pytest.mark.parametrize("count", [4, 49, 3136])
+def test_a_norm_loses_no_more_in_either_form(op, form, centre, count):
+    """Every sum in float32, one term after another."""
+    single = np.float32
+    x = (RNG.standard_normal((10, 40, count)) + centre).astype(single)
+    along = (count,) if op == "LayerNormalization" else (40,)
+    scale, bias = RNG.standard_normal((2, *along)).astype(single)
+    shape = (1, 1, -1) if op == "LayerNormalization" else (1, -1, 1)
+
+    def mean(terms: np.ndarray) -> np.ndarray:
+        total = np.cumsum(terms, axis=-1, dtype=single)[..., -1:]
+        return (total / single(count)).astype(single)
+
+    mu = mean(x)
+    spread = mean((x - mu) ** 2) if "(x" in form else np.maximum(mean(x * x) - mu * mu, 0)
+    inverse = (1 / np.sqrt(spread + single(1e-5))).astype(single)
+    got = (x - mu) * inverse * scale.reshape(shape) + bias.reshape(shape)
+    inputs = [double(part) for part in (x, scale, bias)]
+    exact = OPERATORS[op](NORMALISED[op], *inputs)
+    found = variance(op, NORMALISED[op], inputs, exact, FLOAT)
+    assert found.shape == exact.shape
+    assert ratio(got.flatten(), exact.numpy().flatten(), found) < 1.0
+
+
+@pytest.mark.parametrize("op", ["ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare"])
+@pytest.mark.parametrize("kind", ["spread", "equal"])
+@pytest.mark.parametrize("count", [2, 49, 3136])
+def test_a_reduction_of_terms_of_one_sign_loses_no_more(op, kind, count):
+    x = np.abs(RNG.standard_normal((1000, count))).astype(np.float32) + np.float32(0.1)
+    if kind == "equal":
+        x = np.repeat(x[:, :1], count, axis=1)
+    total = in_turn(x if op in ("ReduceL1", "ReduceLogSum") else x * x)
+    got = {"ReduceL2": np.sqrt, "ReduceLogSum": np.log}.get(op, lambda y: y)(total)
+    attributes = {"axes": [1], "keepdims": 0}
+    exact = OPERATORS[op](attributes, double(x))
+    found = variance(op, attributes, [double(x)], exact, FLOAT)
+    assert ratio(got, exact.numpy(), found) < 1.0
+
+
+def test_a_product_of_many_and_an_einsum_lose_no_more():
+    x = (1 + RNG.standard_normal((1000, 200)) / 50).astype(np.float32)
+    got = np.cumprod(x, axis=1, dtype=np.float32)[:, -1]
+    attributes = {"axes": [1], "keepdims": 0}
+    exact = OPERATORS["ReduceProd"](attributes, double(x))
+    found = variance("ReduceProd", attributes, [double(x)], exact, FLOAT)
+    assert 0.3 < ratio(got, exact.numpy(), found) < 1.0
+    w = RNG.standard_normal((1000, 200)).astype(np.float32)
+    attributes = {"equation": b"nk, nk -> n"}
+    given = [double(x), double(w)]
+    exact = OPERATORS["Einsum"](attributes, *given)
+    found = variance("Einsum", attributes, given, exact, FLOAT)
+    assert 0.3 < ratio(in_turn(x * w), exact.numpy(), found) < 1.0
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [(FLOAT, 24), (FLOAT16, 11), (BFLOAT16, 8)])
 def test_a_product_is_rounded_once_to_its_type(dtype, bits):
     """At the start of a binade the error reaches u, and is spread evenly up to it."""
@@ -251,13 +317,13 @@ def test_rounding_lets_gradients_through():
 
 
 def test_every_operator_has_exactly_one_class():
-    classes = [LAYERS, SUMS, FUNCTIONS, EXACT, {"BatchNormalization"}]
+    classes = [LAYERS, SUMS, NORMS, REDUCTIONS, FUNCTIONS, EXACT, {"BatchNormalization"}]
     for one in classes:
         assert one <= OPERATORS.keys()
     assert sum(map(len, classes)) == len(set().union(*classes))
     assert EXACT <= BOUNDED
     rest = BOUNDED - EXACT
-    assert not rest & (LAYERS | SUMS | FUNCTIONS)
+    assert not rest & (LAYERS | SUMS | NORMS | REDUCTIONS | FUNCTIONS)
 
 
 @pytest.mark.parametrize("op", sorted(EXACT))

@@ -43,8 +43,8 @@ class NamedShape(Shape):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         name, given, shape = str(value).rpartition("=")
-        if given and not name.isidentifier():
-            self.fail(f"{name!r} is not the name of an input", param, ctx)
+        if given and not name:
+            self.fail(f"{value!r} has no name in front of its =", param, ctx)
         return name, super().convert(shape, param, ctx)
 
 
@@ -66,7 +66,7 @@ inputs_option = click.option(
     multiple=True,
     callback=_together,
     help="Input shape, say 1x224x224; of several inputs of your own network each, as a=3x64x64, "
-    "by the names that its forward() has for them.",
+    "by the names that its forward() or its ONNX file has for them.",
 )
 
 
@@ -127,7 +127,6 @@ def start_of(asked: dict[str, Any], args: dict[str, Any]) -> str | FactoryModel 
                 f"--onnx is the network and its weights in one: leave out --{option}"
             )
     path: Path = asked["onnx"]
-    _check_alone(path.name, asked["input_shape"])
     return path
 
 
@@ -141,17 +140,12 @@ def network_of(model: str, args: dict[str, Any], input_shape: InputShape) -> str
 
     if is_code(model):
         return load_factory(model, args, input_shape=input_shape)
-    _check_alone(model, input_shape)
-    return model
-
-
-def _check_alone(name: str, input_shape: InputShape) -> None:
-    """Raise `InputRefused` for inputs by name of what takes one."""
     if isinstance(input_shape, Mapping):
         raise InputRefused(
-            f"{name} takes one input, and --input names {', '.join(input_shape)}",
+            f"{model} takes one input, and --input names {', '.join(input_shape)}",
             hint="leave out the name, as --input 1x224x224",
         )
+    return model
 
 
 def size_of(input_shape: InputShape) -> tuple[int, ...] | None:

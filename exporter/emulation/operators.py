@@ -18,6 +18,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.emulation.grids import FLOAT8, LIMITS, nearest
+from exporter.emulation.norms import (
+    log_of_sum,
+    lrn,
+    normalisation,
+    product,
+    root_of_squares,
+    sum_of_magnitudes,
+    sum_of_squares,
+)
+from exporter.emulation.resizing import resize
 
 Attributes: TypeAlias = Mapping[str, Any]
 Operator: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -362,36 +372,29 @@ def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
     return x.reshape(n, c // b**2, h * b, w * b)
 
 
-def _resize(
-    a: Attributes,
-    x: Tensor,
-    _: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    mode = a.get("mode", b"nearest").decode()
-    where = a.get("coordinate_transformation_mode", b"half_pixel").decode()
-    nearest = a.get("nearest_mode", b"round_prefer_floor").decode()
-    how: dict[str, Any] = {}
-    if sizes is not None:
-        whole, how["size"] = sizes.tolist()[:2] == list(x.shape[:2]), sizes.tolist()[2:]
-    else:
-        assert scales is not None
-        whole, how["scale_factor"] = scales.tolist()[:2] == [1, 1], scales.tolist()[2:]
-    others = [key for key in ("antialias", "axes") if a.get(key)]
-    if a.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
-        others.append("keep_aspect_ratio_policy")
-    if others or not whole:
-        raise NotImplementedError(", ".join(others) or "a change of batch or channels")
-    if mode == "nearest" and (where, nearest) == ("asymmetric", "floor"):
-        return functional.interpolate(x, mode="nearest", **how)
-    kinds = {3: "linear", 4: "bilinear", 5: "trilinear"}
-    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        corners = where == "align_corners"
-        y = functional.interpolate(x, mode=kinds[x.ndim], align_corners=corners, **how)
-        if where != "pytorch_half_pixel" or min(y.shape[2:]) > 1:  # which differ where one is left
-            return y
-    raise NotImplementedError(f"mode {mode} with {where} and {nearest}")
+def _space_to_depth(a: Attributes, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    b = a["blocksize"]
+    x = x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(n, c * b**2, h // b, w // b)
+
+
+def _range(_: Attributes, start: Tensor, end: Tensor, step: Tensor) -> Tensor:
+    first, last, by = (float(one) for one in (start, end, step))
+    count = max(math.ceil((last - first) / by), 0)
+    return start.reshape(()) + step.reshape(()) * torch.arange(count)
+
+
+def _einsum(a: Attributes, *parts: Tensor) -> Tensor:
+    return torch.einsum(a["equation"].decode().replace(" ", ""), *parts)
+
+
+def _celu(a: Attributes, x: Tensor) -> Tensor:
+    return functional.celu(x, a.get("alpha", 1.0))
+
+
+def _threshold(a: Attributes, x: Tensor) -> Tensor:
+    return torch.where(x > a.get("alpha", 1.0), x, torch.zeros_like(x))
 
 
 def _constant(a: Attributes) -> Tensor:
@@ -439,16 +442,19 @@ OPERATORS: dict[str, Operator] = {
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Ceil": _plain(torch.ceil),
+    "Celu": _celu,
     "Clip": _clip,
     "Concat": lambda a, *parts: torch.cat(parts, dim=a["axis"]),
     "Constant": _constant,
     "ConstantOfShape": _filled,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "Cos": _plain(torch.cos),
     "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _dequantize,
     "Div": _plain(_divide),
     "Dropout": lambda _, x, *__: x,
+    "Einsum": _einsum,
     "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
     "Equal": _plain(torch.eq),
     "Erf": _plain(torch.erf),
@@ -463,11 +469,17 @@ OPERATORS: dict[str, Operator] = {
     "GlobalAveragePool": partial(_global, torch.mean),
     "GlobalMaxPool": partial(_global, torch.amax),
     "Greater": _plain(torch.gt),
+    "GreaterOrEqual": _plain(torch.ge),
+    "GroupNormalization": normalisation("GroupNormalization"),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda _, x: x * (x / 6 + 0.5).clamp(0, 1),
     "Identity": lambda _, x: x,
+    "InstanceNormalization": normalisation("InstanceNormalization"),
+    "LRN": lrn,
+    "LayerNormalization": normalisation("LayerNormalization"),
     "LeakyRelu": lambda a, x: torch.where(x < 0, a.get("alpha", 0.01) * x, x),
     "Less": _plain(torch.lt),
+    "LessOrEqual": _plain(torch.le),
     "Log": _plain(torch.log),
     "LogSoftmax": partial(_softmax, torch.log_softmax),
     "MatMul": _plain(torch.matmul),
@@ -484,26 +496,41 @@ OPERATORS: dict[str, Operator] = {
     "Pad": _pad,
     "Pow": _plain(torch.pow),
     "QuantizeLinear": _quantize,
+    "Range": _range,
     "Reciprocal": _plain(torch.reciprocal),
+    "ReduceL1": partial(_reduce, sum_of_magnitudes),
+    "ReduceL2": partial(_reduce, root_of_squares),
+    "ReduceLogSum": partial(_reduce, log_of_sum),
+    "ReduceLogSumExp": partial(_reduce, torch.logsumexp),
     "ReduceMax": partial(_reduce, torch.amax),
     "ReduceMean": partial(_reduce, torch.mean),
     "ReduceMin": partial(_reduce, torch.amin),
+    "ReduceProd": partial(_reduce, product),
     "ReduceSum": partial(_reduce, torch.sum),
+    "ReduceSumSquare": partial(_reduce, sum_of_squares),
     "Relu": lambda _, x: torch.relu(x),
     "Reshape": _reshape,
-    "Resize": _resize,
+    "Resize": resize,
+    "Round": _plain(torch.round),
     "Selu": _selu,
     "Shape": _shape,
     "Sigmoid": _plain(torch.sigmoid),
+    "Sign": _plain(torch.sign),
+    "Sin": _plain(torch.sin),
+    "Size": lambda _, x: torch.tensor(x.numel()),
     "Slice": _slice,
     "Softmax": partial(_softmax, torch.softmax),
     "Softplus": _plain(_softplus),
+    "Softsign": lambda _, x: x / (1 + x.abs()),
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Sqrt": _plain(torch.sqrt),
     "Squeeze": _squeeze,
     "Sub": _plain(torch.sub),
     "Sum": _all(torch.add),
     "Tanh": _plain(torch.tanh),
+    "ThresholdedRelu": _threshold,
+    "Tile": lambda _, x, counts: x.repeat(counts.tolist()),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),

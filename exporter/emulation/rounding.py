@@ -38,7 +38,9 @@ error, which is compared where every tensor is read out, is held to what sums lo
 
 Moves, maxima and comparisons round nothing. A Sum or Mean of more than two tensors may round every
 partial sum, of Σ |pᵢ| at most. A BatchNorm adds up terms that may cancel, x·k, μ·k and
-β, and is given the rounding of each. Functions such as exp or tanh are given four roundings
+β, and is given the rounding of each; an instance, group or layer norm that of its two sums as
+well. A sum of terms of one sign (ReduceL1, ReduceL2, …) is given (n/2 + 1)·u²/3 of its square, a
+product of n factors n·u²/3. Functions such as exp or tanh are given four roundings
 of the larger of their value and 1, since libraries approximate them in many ways.
 """
 
@@ -52,6 +54,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from exporter.emulation.norms import factor, moments, normalised
 from exporter.emulation.operators import OPERATORS, average_windows, axes_of, straight
 
 FLOAT, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto
@@ -64,19 +67,26 @@ _NORMAL = {FLOAT: _TINY, FLOAT16: 2.0**-14, DOUBLE: 2.0**-1022, BFLOAT16: _TINY}
 
 # fmt: off
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-SUMS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"})
+SUMS = frozenset({"AveragePool", "Einsum", "GlobalAveragePool", "ReduceMean", "ReduceSum"})
+NORMS = frozenset({"GroupNormalization", "InstanceNormalization", "LayerNormalization"})
+REDUCTIONS = frozenset({
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "ReduceSumSquare",
+})
 EXACT = frozenset({
     "Abs", "And", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "DepthToSpace",
     "Dropout", "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherND", "GlobalMaxPool",
-    "Greater", "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad",
-    "QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Split",
-    "Squeeze", "Transpose", "Unsqueeze", "Where",
+    "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "MaxPool", "Min", "Neg",
+    "Not", "Or", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Round",
+    "Shape", "Sign", "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "ThresholdedRelu", "Tile",
+    "Transpose", "Unsqueeze", "Where",
 })
 FUNCTIONS = frozenset({
-    "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Pow",
-    "Resize", "Selu", "Sigmoid", "Softmax", "Softplus", "Tanh",
+    "Celu", "Cos", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LRN", "Log",
+    "LogSoftmax", "Mish", "Pow", "Resize", "Selu", "Sigmoid", "Sin", "Softmax", "Softplus",
+    "Softsign", "Tanh",
 })
-BOUNDED = frozenset(OPERATORS) - LAYERS - SUMS - FUNCTIONS - {"BatchNormalization"}
+_ADDING = LAYERS | SUMS | NORMS | REDUCTIONS | {"BatchNormalization"}
+BOUNDED = frozenset(OPERATORS) - _ADDING - FUNCTIONS
 # fmt: on
 
 
@@ -127,6 +137,10 @@ def variance(
         return stored + (len(parts) - 1) * (ROUNDOFF[dtype] * sum(parts[1:], parts[0])) ** 2 / 3
     if op == "BatchNormalization":
         return stored + _of_batchnorm(attributes, *inputs)
+    if op in NORMS:
+        return stored + _of_norm(op, attributes, *inputs)
+    if op in REDUCTIONS:
+        return stored + _of_reduction(op, attributes, inputs, output)
     if op not in LAYERS | SUMS:
         return stored
     count, squares = _terms(op, attributes, inputs)
@@ -174,6 +188,11 @@ def input_variance(
         squares = _terms(op, attributes, [x, *inputs[1:]])[1]
     elif op == "BatchNormalization":
         squares = _slopes(attributes, x, *inputs[1:]) * x**2
+    elif op in NORMS:
+        scale, read = inputs[1], inputs[0]
+        assert scale is not None
+        inverse = moments(op, attributes, read)[1]
+        squares = (inverse * factor(op, attributes, read, scale) * x) ** 2
     elif op in ("Add", "Sub", "Sum"):
         squares = sum((term**2 for term in others if term is not None), x**2)
     elif op in ("Mul", "Div"):
@@ -238,6 +257,52 @@ def _of_batchnorm(
     return _SINGLE**2 / 3 * (4 * k2 * (x**2 + mean**2) + 2 * beta**2)
 
 
+def _of_norm(
+    op: str, attributes: Mapping[str, Any], x: Tensor | None, *of: Tensor | None
+) -> Tensor:
+    """Return the variance of (x − μ)·k·γ + β, with μ and k = 1 / √(σ² + ε) sums over n values.
+
+    σ² may come as the mean of squares less μ², which cancels where μ is large.
+    """
+    assert x is not None
+    scale, *bias = (factor(op, attributes, x, part) for part in of if part is not None)
+    mean, inverse = moments(op, attributes, x)
+    together = normalised(op, attributes, x)
+
+    def spread(value: Tensor) -> Tensor:
+        return value.expand(together.shape).reshape(x.shape)
+
+    repeats = spread(_repeats(together, (-1,)).unsqueeze(-1))
+    squares = spread(together.square().mean(-1, keepdim=True))
+    of_mean = repeats / 3 * mean**2 + (repeats / 6 + 1) * squares / together.shape[-1]
+    apart = (x - mean) / 2 * inverse**2
+    of_spread = (repeats / 2 + 3) * apart**2 * (squares**2 + mean**4)
+    k2 = (inverse * scale) ** 2
+    own = k2 * (4 * (x**2 + mean**2) + of_mean + of_spread)
+    return _SINGLE**2 / 3 * (own + 2 * sum(part**2 for part in bias))
+
+
+def _of_reduction(
+    op: str, attributes: Mapping[str, Any], inputs: Sequence[Tensor | None], output: Tensor
+) -> Tensor:
+    """Return the variance of a sum of terms of one sign, and of what is made of it.
+
+    Each of n terms, and each partial sum, is rounded: (n/2 + 1)·u²/3 of the sum's square.
+    """
+    x = inputs[0]
+    assert x is not None
+    axes = axes_of(attributes, x, *inputs[1:])
+    repeats = _repeats(x, axes).reshape(output.shape)
+    relative = _SINGLE**2 / 3 * (repeats / 2 + 1)
+    if op == "ReduceProd":
+        return _SINGLE**2 / 3 * math.prod(x.shape[axis] for axis in axes) * output**2
+    if op == "ReduceL2":
+        return relative / 4 * output**2
+    if op in ("ReduceL1", "ReduceSumSquare"):
+        return relative * output**2
+    return relative + (4 * _SINGLE) ** 2 / 3 * output.abs().clamp(min=1.0) ** 2
+
+
 def _slopes(attributes: Mapping[str, Any], x: Tensor, *of: Tensor | None) -> Tensor:
     """Return a BatchNorm's k² = γ² / (σ² + ε), to broadcast with x."""
     gamma, _, _, spread = (part for part in of if part is not None)
@@ -257,6 +322,8 @@ def _terms(
         w = inputs[1]
         assert w is not None
         return _layer_terms(op, attributes, x, w)
+    if op == "Einsum":
+        return _einsum_terms(attributes, inputs)
     if op == "AveragePool":
         total, number = average_windows(attributes, x**2)
         return float(number.max()), total / number**2
@@ -270,6 +337,23 @@ def _terms(
     squares = (x**2).sum(dim=axes, keepdim=keep) if axes else x**2
     repeated = _repeats(x, axes).reshape(squares.shape)
     return repeated, squares / (1 if op == "ReduceSum" else count**2)
+
+
+def _einsum_terms(
+    attributes: Mapping[str, Any], inputs: Sequence[Tensor | None]
+) -> tuple[float, Tensor]:
+    """Return the same of an Einsum: what is not in its result is summed up."""
+    given = [x for x in inputs if x is not None]
+    squares = OPERATORS["Einsum"](attributes, *(x**2 for x in given))
+    assert isinstance(squares, Tensor)
+    reads, explicit, result = attributes["equation"].decode().replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for labels, x in zip(reads.split(","), given, strict=True):
+        front, _, back = labels.partition("...")
+        sizes |= dict(zip(front, x.shape, strict=False))
+        sizes |= dict(zip(reversed(back), reversed(x.shape), strict=False))
+    kept = result if explicit else [label for label in sizes if reads.count(label) == 1]
+    return float(math.prod(n for label, n in sizes.items() if label not in kept)), squares
 
 
 def _repeats(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -58,13 +58,16 @@ MACS: dict[str, Formula] = {
 # fmt: off
 FREE = frozenset({
     "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant",
-    "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Elu", "Equal",
-    "Expand", "Flatten", "Gather", "GatherND", "GlobalAveragePool", "GlobalMaxPool", "Greater",
-    "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization",
-    "LeakyRelu", "Less", "LogSoftmax", "Max", "MaxPool", "Min", "Mul", "Neg", "PRelu", "Pad",
-    "QuantizeLinear", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape",
-    "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "SpaceToDepth", "Split", "Squeeze", "Sub",
-    "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",
+    "Celu", "ConstantOfShape", "Cos", "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Elu",
+    "Equal", "Expand", "Flatten", "Gather", "GatherND", "GlobalAveragePool", "GlobalMaxPool",
+    "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity",
+    "InstanceNormalization", "LRN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual",
+    "LogSoftmax", "Max", "MaxPool", "Min", "Mul", "Neg", "PRelu", "Pad", "QuantizeLinear", "Range",
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "Round",
+    "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Softsign", "SpaceToDepth",
+    "Split", "Squeeze", "Sub", "Sum", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Unsqueeze",
+    "Where",
 })
 # fmt: on
 _BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}

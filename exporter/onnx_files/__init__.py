@@ -15,9 +15,10 @@ import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from exporter.errors import ExportError, InputRefused
-from exporter.onnx_files.isolated import check_isolated
+from exporter.onnx_files.isolated import Sizes, check_isolated
 from exporter.onnx_files.outside import check_outside, tensor_bytes
 from exporter.onnx_files.wire import DAMAGED, Graph, Node, Outline, Tensor, read_outline
 from exporter.words import plain, quoted
@@ -29,12 +30,12 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # the last is ONNX Run
 _SHOWN = 5
 
 
-def check_onnx(path: Path, *, runs: bool, sizes: tuple[int, ...] = ()) -> None:
+def check_onnx(path: Path, *, runs: bool, sizes: Sizes = MappingProxyType({})) -> None:
     """Check an ONNX file, and if it is to be run, that one run of it comes to an end.
 
     A file that nobody runs may have custom operators, and its external data may be gone. ``sizes``
-    are what an input's sizes behind its batch axis are that the file leaves open. Raises
-    `InputRefused` saying what in it is not as it must be, and `OutOfMemory`.
+    are what the sizes of inputs behind their batch axes are, by name, where the file leaves them
+    open. Raises `InputRefused` saying what in it is not as it must be, and `OutOfMemory`.
     """
     name = plain(path.name)
     if not path.is_file():

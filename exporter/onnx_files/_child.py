@@ -4,8 +4,8 @@
 
 It leaves FOLDER/outcome.json: ``{}``, or what was refused. MEMORY is in bytes, beyond what the
 libraries take. With RUN the path of the model, it is also loaded by ONNX Runtime and run once on
-zeros, a batch of one; RUN is empty for one that is not. SIZES, as ``3,224,224``, are what sizes of
-an input behind its batch axis are that the model leaves open; it may be empty.
+zeros, a batch of one; RUN is empty for one that is not. SIZES, as ``{"image": [3, 224, 224]}``, are
+what sizes of inputs behind their batch axes are that the model leaves open.
 
 It imports nothing of the package but `exporter.limits`.
 """
@@ -37,7 +37,7 @@ class Refused(Exception):
     """What the model has that cannot be used."""
 
 
-def check(data: bytes, sizes: list[int]) -> list[str]:
+def check(data: bytes, sizes: dict[str, list[int]]) -> list[str]:
     """Return which tensors' shapes do not follow from the graph. Raises `Refused`."""
     import onnx
 
@@ -56,7 +56,7 @@ def check(data: bytes, sizes: list[int]) -> list[str]:
     return list(_unknown(inferred))
 
 
-def _without_numbers(model: onnx.ModelProto, sizes: list[int]) -> onnx.ModelProto:
+def _without_numbers(model: onnx.ModelProto, sizes: dict[str, list[int]]) -> onnx.ModelProto:
     """Return the model for a batch of one of these sizes, its large constants as inputs."""
     import onnx
 
@@ -74,7 +74,8 @@ def _without_numbers(model: onnx.ModelProto, sizes: list[int]) -> onnx.ModelProt
         if dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = 1
     for value in graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim[1:], sizes, strict=False):
+        said = sizes.get(value.name, [])
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], said, strict=False):
             if not dim.HasField("dim_value"):
                 dim.dim_value = size
     for tensor in stored.values():
@@ -105,14 +106,14 @@ def _unknown(graph: onnx.GraphProto) -> Any:
         if prod(sizes) * width > LARGEST_TENSOR or min(sizes, default=0) < 0:
             node = kinds.get(value.name)
             what = f"{node.op_type} {node.name!r} makes" if node else "the graph is given"
-            raise Refused(
-                f"{what} {value.name[:80]!r} of {' × '.join(map(str, sizes))}, which is "
-                f"{prod(sizes) * width / 1e9:,.0f} GB"
-            )
+            said = f"{what} {value.name[:80]!r} of {' × '.join(map(str, sizes))}"
+            if min(sizes) < 0:
+                raise Refused(f"{said}, and no size is negative")
+            raise Refused(f"{said}, which is {prod(sizes) * width / 1e9:,.0f} GB")
     yield from (name for name in kinds if name and name not in known)
 
 
-def run_once(path: str, sizes: list[int]) -> None:
+def run_once(path: str, sizes: dict[str, list[int]]) -> None:
     """Load the model with ONNX Runtime, and run it on zeros, a batch of one of these sizes."""
     import numpy as np
     import onnxruntime as ort
@@ -124,7 +125,8 @@ def run_once(path: str, sizes: list[int]) -> None:
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {}
     for given in session.get_inputs():
-        said = zip_longest(given.shape, [1, *sizes][: len(given.shape)], fillvalue=1)
+        own = [1, *sizes.get(given.name, [])]
+        said = zip_longest(given.shape, own[: len(given.shape)], fillvalue=1)
         shape = [size if isinstance(size, int) else other for size, other in said]
         feed[given.name] = np.zeros(shape, _NUMPY.get(given.type, "float32"))
     session.run(None, feed)
@@ -146,7 +148,7 @@ def _no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def main(folder: Path, memory: int, seconds: int, run: str, sizes: list[int]) -> None:
+def main(folder: Path, memory: int, seconds: int, run: str, sizes: dict[str, list[int]]) -> None:
     import onnx  # noqa: F401 - what the library takes is not the model's
 
     if run:
@@ -172,5 +174,6 @@ def main(folder: Path, memory: int, seconds: int, run: str, sizes: list[int]) ->
 
 
 if __name__ == "__main__":
-    said = [int(size) for size in sys.argv[5].split(",") if size]
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], said)
+    main(
+        Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
+    )

@@ -5,9 +5,11 @@ See `exporter.isolation`. Nothing comes back but words.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from exporter.errors import InputRefused
 from exporter.isolation import run_isolated
@@ -18,6 +20,7 @@ RUN_MEMORY = 4 << 30  # what one run of a batch of one may take besides the weig
 _COPIES = 6  # of the file: parsed, stripped, written, parsed, inferred, written
 SECONDS = 60
 _SLOWEST = 10 << 20  # bytes per second
+Sizes: TypeAlias = Mapping[str, tuple[int, ...]]  # of inputs, by their names
 _CHILD = Path(__file__).with_name("_child.py")
 
 
@@ -27,12 +30,13 @@ def check_isolated(
     *,
     run: Path | None,
     outside: int,
-    sizes: tuple[int, ...] = (),
+    sizes: Sizes,
 ) -> None:
     """Parse the model, infer its shapes, and run it once where it is the file ``run``.
 
-    ``outside`` are the bytes of its external data, ``sizes`` what an input's sizes behind its batch
-    axis are that it leaves open, 1 where nothing is said. Raises `InputRefused` for what the
+    ``outside`` are the bytes of its external data, ``sizes`` what the sizes of inputs behind their
+    batch axes are, by name, that it leaves open: 1 where nothing is said. Raises `InputRefused` for
+    what the
     checker refuses, what makes a tensor of over 4 GiB, and what ends or outlasts the process, and
     `OutOfMemory` for what takes more than such a file can need.
     """
@@ -40,7 +44,7 @@ def check_isolated(
     seconds = SECONDS + (size + outside) // _SLOWEST
     with TemporaryDirectory() as name:
         path = str(run.resolve()) if run else ""
-        said = (path, ",".join(map(str, sizes)))
+        said = (path, json.dumps(dict(sizes)))
         outcome = run_isolated(_CHILD, stream, Path(name), memory, seconds, *said, verb="check")
     if "error" in outcome:
         raise InputRefused(f"not a sound ONNX model: {_said(outcome['error'])}")
@@ -53,5 +57,6 @@ def check_isolated(
 
 
 def _said(error: object) -> str:
-    """Return what a library says is wrong, on one line and without the exception's name."""
-    return plain(" ".join(str(error).partition(": ")[2].split()), most=200).rstrip(".")
+    """Return what a library says is wrong, on one line, without its name or where the file is."""
+    line = " ".join(str(error).partition(": ")[2].split()).rpartition(" failed:")[2]
+    return plain(line, most=200).rstrip(".")

@@ -409,6 +409,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _escape(text: str) -> str:
     """Return the text as Markdown that shows it, whatever a layer or a file is called."""
+    text = "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
     for character in "\\`*_[<|~&":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

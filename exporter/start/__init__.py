@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from exporter.contracts import Ends, Model, Session
+from exporter.errors import InputRefused
+from exporter.factories import Shapes
 from exporter.initial import Initial
 from exporter.network import Network
 from exporter.profile import Profile
@@ -105,15 +107,21 @@ def choose(
     model: str | Model | Path,
     profile: Profile,
     *,
-    input_shape: tuple[int, ...] | None,
+    input_shape: Shapes | None,
     classes: int | None,
 ) -> Chosen:
     """Return the network of a name, of a factory, or any other `Model`, or the ONNX file at a path.
 
+    ``input_shape`` says sizes by the names of inputs for a file alone: a factory has been told.
     Raises as `Network.choose` and `OnnxFile.choose`.
     """
     if isinstance(model, Path):
         from exporter.start.file import OnnxFile
 
         return OnnxFile.choose(model, profile, input_shape, classes)
+    if isinstance(input_shape, Mapping):
+        raise InputRefused(
+            f"sizes by the names of inputs ({', '.join(input_shape)}) are said of an ONNX file",
+            hint="a built-in network takes one input, and a factory's is told by load_factory",
+        )
     return Network.choose(model, profile.model.args, input_shape, classes)

@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from exporter.contracts import Runtime, Session
 from exporter.emulation import Emulator, emulate
 from exporter.errors import BuildError, GraphError, InputRefused
+from exporter.factories import Shapes
 from exporter.fidelity import distance, judge_outputs
 from exporter.initial import Initial
+from exporter.packing import in_words, packed_shape
+from exporter.parity import collect_all
 from exporter.plugins import load_runtime
 from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
 from exporter.reference import GraphSession
-from exporter.samples import feeds, fitting, noise
-from exporter.start.reading import Given, read_file
+from exporter.samples import feeds, fitting_all, noise
+from exporter.start.reading import FEWEST, Given, read_file
 from exporter.weights import Loaded
-from exporter.words import plain
+from exporter.words import plain, quoted
 
 if TYPE_CHECKING:
     import onnx
@@ -36,19 +39,20 @@ if TYPE_CHECKING:
     from exporter.fold.same import Example
 
 _LONGEST = 64  # characters of a name that files are called by
-_FEWEST = 3  # samples that a file is held against its emulation on
 _SAME = 1e-9  # float64's rounding stays far below it
 
 
 class FileEnds(NamedTuple):
     """What a file takes and gives, and the samples that it is judged on where there are no others.
 
-    They fit the channels of its input, as those of a factory's network do.
+    They fit the channels of its one input, as those of a factory's network do; several have none.
     """
 
     input: TensorSpec
     output: TensorSpec
     data: str
+    more_inputs: tuple[TensorSpec, ...]
+    more_outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class OnnxFile:
 
     @classmethod
     def choose(
-        cls, path: Path, profile: Profile, input_shape: tuple[int, ...] | None, classes: int | None
+        cls, path: Path, profile: Profile, input_shape: Shapes | None, classes: int | None
     ) -> OnnxFile:
         """Return it in the profile's opset. Raises `InputRefused` as `read_file`."""
         file = plain(path.name)
@@ -72,13 +76,13 @@ class OnnxFile:
                 f"{file} is not built with the profile's model.args", hint="leave them out"
             )
         given = read_file(path, opset=profile.opset, input_shape=input_shape)
-        if classes is not None and given.normal.output.shape != (classes,):
-            raise InputRefused(f"{file} gives {given.normal.output.shape[0]} values, not {classes}")
+        inputs, outputs = given.normal.inputs, given.normal.outputs
+        if classes is not None and [spec.shape for spec in outputs] != [(classes,)]:
+            gives = in_words(spec.shape for spec in outputs)
+            raise InputRefused(f"{file} gives {gives} values, not {classes}")
         name = re.sub(r"[^\w.-]", "_", path.stem, flags=re.ASCII)[:_LONGEST].strip(".")
         runtime = load_runtime("ort-cpu", profile.runtime.get("ort-cpu", {}))
-        ends = FileEnds(
-            given.normal.input, given.normal.output, fitting(given.normal.input.shape[0])
-        )
+        ends = FileEnds(inputs[0], outputs[0], fitting_all(inputs), inputs[1:], outputs[1:])
         return cls(name or "model", file, ends, given, runtime)
 
     def start(
@@ -101,7 +105,8 @@ class OnnxFile:
         try:
             _check_same(given, self.runtime)
         except BuildError as error:
-            reason = str(error).rpartition(" failed:")[2].rstrip(".")  # not where a copy of it is
+            whole = str(error).partition("given.onnx: ")[2] or str(error)
+            reason = whole.rpartition(" failed:")[2].rstrip(".")  # not where a copy of it is
             raise InputRefused(f"{self.file}: ONNX Runtime refuses it: {reason}") from error
         except GraphError as error:
             raise InputRefused(f"{self.file}: {error}", hint=error.hint) from error
@@ -113,32 +118,32 @@ def _check_same(given: Given, runtime: Runtime) -> None:
     import numpy as np
 
     normal = given.normal
-    emulator, name = Emulator.of(normal.model), normal.output.name
-    size = normal.batch or _FEWEST
-    count = size * -(-_FEWEST // size)
-    inputs = noise(normal.input.shape, count=count, seed=0)
+    emulator, names = Emulator.of(normal.model), [spec.name for spec in normal.outputs]
+    size = normal.batch or FEWEST
+    inputs = noise(packed_shape(normal.inputs), count=FEWEST, seed=0)
 
-    def emulated(kind: Any, at_once: int) -> Array:
-        return emulate(emulator, feeds(inputs, normal.input.name, size=at_once), kind)[name]
+    def emulated(kind: Any, at_once: int) -> dict[str, Array]:
+        return emulate(emulator, feeds(inputs, normal.inputs, size=at_once), kind)
 
     exact, noisy, singly = (
-        emulated(*how) for how in (("exact", count), ("noisy", count), ("exact", 1))
+        emulated(*how) for how in (("exact", FEWEST), ("noisy", FEWEST), ("exact", 1))
     )
+    for name in names:
+        if bad := int((~np.isfinite(exact[name])).sum()):
+            raise GraphError(
+                f"{bad} of {exact[name].size} values of its output {quoted(name)} are NaN or "
+                "infinite on noise of unit variance, in float64"
+            )
+        same = singly[name].shape == exact[name].shape
+        apart = distance(singly[name], exact[name]) if same else None
+        if apart is None or apart > _SAME:
+            raise GraphError(
+                "its samples are not independent of one another: a batch of one gives something "
+                f"else as {quoted(name)}"
+            )
     with _opened(runtime, given.original) as session:
-        runs = [session(feed)[name] for feed in feeds(inputs, normal.input.name, size=size)]
-    got = np.concatenate(runs).reshape(count, -1).astype(np.float64)
-    said = judge_outputs(
-        {name: exact},
-        {name: got},
-        exact={name: exact},
-        noisy={name: noisy},
-        against="what its operators mean",
-    )
-    apart = distance(singly, exact)
-    if apart is None or apart > _SAME:
-        raise GraphError(
-            "its samples are not independent of one another: a batch of one gives something else"
-        )
+        got = collect_all(session, feeds(inputs, normal.inputs, size=size), names, samples=FEWEST)
+    said = judge_outputs(exact, got, exact=exact, noisy=noisy, against="what its operators mean")
     if said.failures:
         raise GraphError(
             f"ONNX Runtime does not compute what its operators mean: {said.failures[0]}",
@@ -229,7 +234,7 @@ class FoldedFile:
             reason = str(error).splitlines()[0]
             raise GraphError(f"the folded graph is not valid ONNX: {reason}") from error
         onnx.save(self.model, path)
-        return OnnxModel(path, "fp32", inputs[0], outputs[0], batch)
+        return OnnxModel(path, "fp32", inputs[0], outputs[0], batch, inputs[1:])
 
     def layer_outputs(self, feed: Feed) -> Mapping[str, Array]:
         """Return nothing: its layers are the graph's own nodes."""

@@ -75,7 +75,7 @@ class Layers(NamedTuple):
 
 
 def layers_of(model: onnx.ModelProto) -> Layers:
-    """Return a graph of one input and one output as one of layers, in float64.
+    """Return a graph as one of layers, in float64, of its inputs and outputs in its order.
 
     Each module has ``written``, and each call of a function has it in ``meta``. Raises `GraphError`
     for an operator that has no emulation.
@@ -103,11 +103,11 @@ class _Builder:
         self.fates: list[Fate] = []
 
     def build(self) -> Layers:
-        (given,), (gives,) = self.emulator.inputs, self.emulator.outputs
-        self.known.values[given] = self.graph.placeholder("x")
+        for place, name in enumerate(self.emulator.inputs):
+            self.known.values[name] = self.graph.placeholder(f"input_{place}")
         for number, step in enumerate(self.emulator.steps):
             self._add(number, step)
-        self.graph.output(self.known.values[gives])
+        self.graph.output(tuple(self.known.values[name] for name in self.emulator.outputs))
         module = fx.GraphModule(self.root, self.graph, "Network").eval()
         return Layers(module, tuple(self.fates))
 

@@ -8,14 +8,18 @@ each.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.rounding import EXACT
-from exporter.errors import InputRefused
+from exporter.errors import GraphError, InputRefused
 from exporter.onnx_edits import drop_unread, replace_nodes
+from exporter.packing import inputs_of_graph
 from exporter.records import TensorSpec
+from exporter.start.ends import EXTRACT, sizes_of
+from exporter.start.shapes import compute_shapes, free_shapes
 from exporter.to_onnx import module_of, name_nodes, strip
 from exporter.words import plain, quoted
 
@@ -25,20 +29,21 @@ if TYPE_CHECKING:
 ONNX = ("", "ai.onnx")  # the domain of its own operators
 FLOATS_AND_SHAPES = {1, 6, 7, 9}  # onnx.TensorProto: FLOAT, and INT32, INT64 and BOOL
 _BATCH = "batch"
+_PLACED, _PLACE = 11, "coordinate_transformation_mode"  # since which opset Resize has it
 _SAMPLES = 2
 _LARGEST_CONSTANT = 1 << 24  # values of one that is computed here
 
 
 class Normal(NamedTuple):
-    """A graph made normal, its ends, and what it was.
+    """A graph made normal, its ends in its order, and what it was.
 
     ``batch`` is the size that its batch axis was fixed at, None where that was free; ``opset`` the
     one that it had.
     """
 
     model: onnx.ModelProto
-    input: TensorSpec
-    output: TensorSpec
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     opset: int
     batch: int | None
     changes: tuple[str, ...]
@@ -52,8 +57,8 @@ def drop_given_constants(graph: onnx.GraphProto) -> None:
     graph.input.extend(given)
 
 
-def make_normal(model: onnx.ModelProto, spec: TensorSpec, *, opset: int) -> Normal:
-    """Return a model of such an input made normal. Raises `InputRefused` where it cannot be."""
+def make_normal(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...], *, opset: int) -> Normal:
+    """Return a model of such inputs made normal. Raises `InputRefused` where it cannot be."""
     import onnx
 
     changes = []
@@ -63,7 +68,7 @@ def make_normal(model: onnx.ModelProto, spec: TensorSpec, *, opset: int) -> Norm
         model = _converted(model, found, opset)
         name_nodes(model, _layer_of)  # what it put in has no name, and what had one still has it
         changes.append(f"opset {found} converted to {opset}")
-    batch = _free(model.graph, spec)
+    batch = _free(model.graph, inputs)
     if batch is not None:
         changes.append(f"its batch axis of {batch} freed")
     del model.opset_import[:]
@@ -75,9 +80,13 @@ def make_normal(model: onnx.ModelProto, spec: TensorSpec, *, opset: int) -> Norm
     if count := _fold_constants(model):
         changes.append(f"what reads constants alone computed, nodes: {count}")
     if batch is not None:
-        _free_reshapes(model.graph, batch)
-    output = _infer(model, batch)
-    return Normal(model, spec, output, found, batch, tuple(changes))
+        free_shapes(model.graph, batch)
+    _check_sizes(model, batch)
+    outputs = _gives(model, batch)
+    if count := compute_shapes(model):
+        changes.append(f"what follows from shapes alone computed, nodes: {count}")
+    _declare(model, outputs)
+    return Normal(model, inputs, outputs, found, batch, tuple(changes))
 
 
 def _converted(model: onnx.ModelProto, found: int, opset: int) -> onnx.ModelProto:
@@ -85,59 +94,50 @@ def _converted(model: onnx.ModelProto, found: int, opset: int) -> onnx.ModelProt
     import onnx
 
     try:
-        return onnx.version_converter.convert_version(model, opset)
+        converted = onnx.version_converter.convert_version(model, opset)
     except Exception as error:  # its C++ raises what comes to it
-        reason = plain(" ".join(str(error).split()), most=200).rstrip(".")
+        reason = _why(error).rpartition(" failed: ")[2]  # not where in its sources
         raise InputRefused(
             f"it uses opset {found}, and ONNX cannot convert it to the profile's {opset}: {reason}",
             hint=f"keep its own with --set opset={found}, or export it anew",
         ) from error
+    if found < _PLACED:
+        _place_as_before(converted.graph)
+    return converted
 
 
-def input_of(graph: onnx.GraphProto, shape: tuple[int, ...] | None) -> TensorSpec:
-    """Return the input; ``shape`` (C, H, W) says sizes that are open.
+def _place_as_before(graph: onnx.GraphProto) -> None:
+    """Say where a Resize takes its values from as it once was; the converter leaves it unsaid."""
+    import onnx
 
-    Raises `InputRefused` for another than (N, C, H, W), or where that is not what ``shape`` says.
+    for node in graph.node:
+        told = {attribute.name for attribute in node.attribute}
+        if node.op_type == "Resize" and not told & {_PLACE, "nearest_mode"}:
+            said = {_PLACE: "asymmetric", "nearest_mode": "floor"}
+            node.attribute.extend(onnx.helper.make_attribute(*pair) for pair in said.items())
+
+
+def _free(graph: onnx.GraphProto, specs: Sequence[TensorSpec]) -> int | None:
+    """Free the batch axes, and fix all others; return the batch that they were fixed at.
+
+    Raises `InputRefused` for inputs that are fixed at different ones.
     """
-    value = graph.input[0]
-    sizes = _sizes(value)
-    said = " × ".join("free" if size is None else str(size) for size in sizes)
-    if len(sizes) != 4:
+    fixed = {}
+    for value, spec in zip(graph.input, specs, strict=True):
+        batch, *_ = sizes_of(value)
+        if batch is not None:
+            fixed[value.name] = batch
+        first, *others = value.type.tensor_type.shape.dim
+        first.dim_param = _BATCH
+        for axis, size in zip(others, spec.shape, strict=True):
+            axis.dim_value = size
+    if len(set(fixed.values())) > 1:
+        said = " and ".join(f"{quoted(name)} is of {size}" for name, size in fixed.items())
         raise InputRefused(
-            f"its input {quoted(value.name)} is {said or 'without axes'}, where N × C × H × W is "
-            "needed"
+            f"the first axes of its inputs are not of one batch: {said}",
+            hint="each input needs a row for every sample: export it anew with a free batch axis",
         )
-    rest = sizes[1:]
-    if shape is None and None in rest:
-        raise InputRefused(
-            f"its input {quoted(value.name)} is {said}, which leaves sizes open",
-            hint="say them, as --input 3x224x224",
-        )
-    wanted = tuple(size or 0 for size in rest) if shape is None else shape
-    fits = len(wanted) == len(rest) and all(
-        size in (None, want) for size, want in zip(rest, wanted, strict=False)
-    )
-    if not fits or min(wanted) < 1:
-        asked = " × ".join(map(str, wanted))
-        raise InputRefused(f"its input {quoted(value.name)} is {said}, and cannot be {asked}")
-    return TensorSpec(value.name, wanted)
-
-
-def _sizes(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Return a tensor's sizes, None where they are open."""
-    axes = value.type.tensor_type.shape.dim
-    return [axis.dim_value if axis.HasField("dim_value") else None for axis in axes]
-
-
-def _free(graph: onnx.GraphProto, spec: TensorSpec) -> int | None:
-    """Free the batch axis, and fix all others; return the batch that it was fixed at."""
-    value = graph.input[0]
-    batch, *_ = _sizes(value)
-    first, *others = value.type.tensor_type.shape.dim
-    first.dim_param = _BATCH
-    for axis, size in zip(others, spec.shape, strict=True):
-        axis.dim_value = size
-    return batch
+    return next(iter(fixed.values()), None)
 
 
 def _spell_out_casts(model: onnx.ModelProto) -> None:
@@ -192,29 +192,6 @@ def _fold_constants(model: onnx.ModelProto) -> int:
     return count
 
 
-def _free_reshapes(graph: onnx.GraphProto, batch: int) -> None:
-    """Let each Reshape to (batch, …) keep the samples that it is given, however many these are.
-
-    One whose first axis is not of samples then gives another shape, or other values for one sample
-    alone, and the file is refused for that.
-    """
-    import numpy as np
-    import onnx
-
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        plain_zero = not any(a.name == "allowzero" and a.i for a in node.attribute)
-        if node.op_type != "Reshape" or node.input[1] not in stored or not plain_zero:
-            continue
-        first, *rest = onnx.numpy_helper.to_array(stored[node.input[1]]).tolist() or [0]
-        if first == batch:
-            name = f"{node.name}.shape"
-            shape = np.array([0, *rest], np.int64)
-            graph.initializer.append(onnx.numpy_helper.from_array(shape, name))
-            node.input[1] = name
-    drop_unread(graph)
-
-
 def _computed(emulator: Emulator, step: Step, constants: Values) -> Values | None:
     """Return what a node makes of constants, or None where it reads others or gives an output."""
     known = all(name in constants for name in step.reads if name)
@@ -226,49 +203,80 @@ def _computed(emulator: Emulator, step: Step, constants: Values) -> Values | Non
     return found if all(v.numel() <= _LARGEST_CONSTANT for v in found.values()) else None
 
 
-def _infer(model: onnx.ModelProto, batch: int | None) -> TensorSpec:
-    """Declare and return the output. Raises `InputRefused` unless it is (N, classes), N free."""
+def _check_sizes(model: onnx.ModelProto, batch: int | None) -> None:
+    """Raise `InputRefused` for shapes that contradict one another; outputs are undeclared.
+
+    ``batch`` is what was freed.
+    """
     import onnx
 
-    value = model.graph.output[0]
-    value.type.tensor_type.ClearField("shape")
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        reason = plain(" ".join(str(error).split()), most=200).rstrip(".")
-        raise InputRefused(f"the shapes of its tensors do not go together: {reason}") from error
-    axes = inferred.graph.output[0].type.tensor_type.shape.dim
-    known = [axis.dim_param or axis.dim_value for axis in axes]
-    if batch is not None and (not known or known[0] != _BATCH):
-        raise InputRefused(
-            f"its batch axis is fixed at {batch}, and cannot be freed: with another size its "
-            f"output is not of that many samples",
-            hint="export it anew with a free batch axis (dynamic_axes or dynamic_shapes)",
-        )
-    sizes = _gives(model)
-    declared = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [_BATCH, *sizes])
-    value.type.CopyFrom(declared)
+        said = f"the shapes of its tensors do not go together: {_why(error)}"
+        raise (InputRefused(said) if batch is None else _not_freed(batch, said)) from error
+
+
+def _declare(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> None:
+    """Declare the outputs with a free batch axis. Raises `InputRefused` where that is not valid."""
+    import onnx
+
+    for value, spec in zip(model.graph.output, outputs, strict=True):
+        sizes: list[str | int | None] = [_BATCH, *spec.shape]
+        declared = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, sizes)
+        value.type.CopyFrom(declared)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = plain(" ".join(str(error).split()), most=200).rstrip(".")
-        raise InputRefused(f"not valid ONNX with a free batch axis: {reason}") from error
-    return TensorSpec(value.name, sizes)
+        raise InputRefused(f"not valid ONNX with a free batch axis: {_why(error)}") from error
 
 
-def _gives(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Return the shape of a sample's output, as a run tells it. Raises `InputRefused`."""
+def _why(error: Exception) -> str:
+    return plain(" ".join(str(error).split()), most=200).rstrip(".")
+
+
+def _gives(model: onnx.ModelProto, batch: int | None) -> tuple[TensorSpec, ...]:
+    """Return the outputs, of the shapes that a run of another batch tells.
+
+    Raises `InputRefused`, and `GraphError` as that run.
+    """
+    emulator, specs = Emulator.of(model), inputs_of_graph(model.graph)
+    samples = _SAMPLES if batch != _SAMPLES else _SAMPLES + 1
+    try:
+        found = _shapes(emulator, specs, samples)
+    except GraphError as error:
+        if batch is None or isinstance(error.__cause__, NotImplementedError):
+            raise
+        raise _not_freed(batch, str(error)) from error
+    for name, shape in found.items():
+        if shape[:1] == (samples,) and 0 not in shape:
+            continue
+        if batch is not None:
+            raise _not_freed(batch, f"its output {quoted(name)} is not of that many samples")
+        said = " × ".join(map(str, shape)) or "one value"
+        raise InputRefused(
+            f"it gives {quoted(name)} as a tensor of {said} for a batch of {samples}, and only "
+            "outputs that have a row for each sample, (N, …), can be judged",
+            hint=EXTRACT,
+        )
+    return tuple(TensorSpec(name, shape[1:]) for name, shape in found.items())
+
+
+def _shapes(
+    emulator: Emulator, specs: Sequence[TensorSpec], samples: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each output for so many samples, in order. Raises `GraphError`."""
     import torch
 
-    emulator = Emulator.of(model)
-    axes = model.graph.input[0].type.tensor_type.shape.dim
-    zeros = torch.zeros(_SAMPLES, *(axis.dim_value for axis in axes[1:]))
     with torch.inference_mode():
-        (found,) = emulator.run({emulator.inputs[0]: zeros}).values()
-    if found.ndim != 2 or found.shape[0] != _SAMPLES or not found.numel():
-        shape = " × ".join(map(str, found.shape))
-        raise InputRefused(
-            f"it gives a tensor of {shape} for a batch of {_SAMPLES}, and only networks that give "
-            "(N, classes) can be judged so far"
-        )
-    return tuple(found.shape[1:])
+        found = emulator.run({spec.name: torch.zeros(samples, *spec.shape) for spec in specs})
+    return {name: tuple(found[name].shape) for name in emulator.outputs}
+
+
+def _not_freed(batch: int, why: str) -> InputRefused:
+    return InputRefused(
+        f"its batch axis is fixed at {batch}, and cannot be freed: with another size {why}",
+        hint="export it anew with a free batch axis (dynamic_axes or dynamic_shapes)",
+    )

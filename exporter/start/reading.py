@@ -1,6 +1,6 @@
 """A stranger's ONNX file, made into the graph that the rest of the program reads, or refused.
 
-    file ── check_onnx ──▶ parsed, external data brought in ── normal ──▶ one float32 graph
+    file ── check_onnx ──▶ parsed, external data brought in ── normal ──▶ a float32 graph
 
 Whether the graph still computes the same is not decided here: `exporter.start.file` runs both.
 """
@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from exporter.emulation import Emulator
+from exporter import environment
+from exporter.emulation.operators import OPERATORS
 from exporter.emulation.rounding import LAYERS
-from exporter.errors import ExportError, InputRefused
+from exporter.errors import ExportError, InputRefused, OutOfMemory
+from exporter.factories import Shapes
 from exporter.onnx_files import LARGEST_FILE, check_onnx
 from exporter.records import TensorSpec
+from exporter.start.ends import check_ends, half_hint, inputs_of_file, kind_of
 from exporter.start.normal import (
     FLOATS_AND_SHAPES,
     ONNX,
     Normal,
     drop_given_constants,
-    input_of,
     make_normal,
 )
 from exporter.words import plain, quoted
@@ -30,6 +34,14 @@ from exporter.words import plain, quoted
 if TYPE_CHECKING:
     import onnx
 
+_KNOWN = {
+    *OPERATORS,
+    "CastLike",
+    "Upsample",
+}  # the last two become others (`exporter.start.normal`)
+FEWEST = 3  # samples that are computed at once, and that a file is held against its emulation on
+_COPIES = 8  # of a tensor in float64: it, what it is made of, its noise and what that is made of
+_EVAL = "export it anew after module.eval()"
 _SHOWN = 5
 _QUANTISED = re.compile(r"(De|Dynamic)?[Qq]uantizeLinear|QLinear.*|.*Integer")
 
@@ -46,23 +58,25 @@ class Given(NamedTuple):
     changes: tuple[str, ...]
 
 
-def read_file(path: Path, *, opset: int, input_shape: tuple[int, ...] | None) -> Given:
-    """Return what a file holds, in this opset; ``input_shape`` (C, H, W) says free sizes.
+def read_file(path: Path, *, opset: int, input_shape: Shapes | None) -> Given:
+    """Return what a file holds, in this opset; ``input_shape`` says free sizes.
 
-    Raises `InputRefused` for what `check_onnx` refuses, and for what cannot be started from: other
-    inputs and outputs than one float32 tensor (N, C, H, W) and one (N, classes), other types than
-    float32, quantised graphs, operators that are not known exactly, a batch axis that cannot be
-    freed, and another opset that ONNX cannot convert.
+    It is that of one input, (C, H, W), or of inputs by their names. Raises `InputRefused` for what
+    `check_onnx` refuses, and for what cannot be started from: inputs and outputs that are not
+    float32 tensors with a row for each sample, one input alone that is not (N, C, H, W), an output
+    that is an input or follows from none, other types than float32, quantised graphs, operators
+    that are not known exactly, a batch axis that cannot be freed, and another opset that ONNX
+    cannot convert.
     """
     import onnx
 
     check_onnx(path, runs=False)
     try:
         data = path.read_bytes()
-        spec = _asked_of(onnx.load_model_from_string(data).graph, input_shape)
+        specs = _asked_of(onnx.load_model_from_string(data).graph, input_shape)
     except (ExportError, OSError) as error:
         raise _named(path, error) from error
-    check_onnx(path, runs=True, sizes=spec.shape)
+    check_onnx(path, runs=True, sizes={spec.name: spec.shape for spec in specs})
     try:
         model = onnx.load_model_from_string(data)
         digest, places = _pinned(data, model, path.parent)
@@ -74,8 +88,12 @@ def read_file(path: Path, *, opset: int, input_shape: tuple[int, ...] | None) ->
             )
         original = model.SerializeToString()
         drop_given_constants(model.graph)
-        normal = make_normal(model, spec, opset=opset)
+        _check_types(model.graph)
+        _check_memory(model, specs)
+        normal = make_normal(model, specs, opset=opset)
         _check_values(normal.model)
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{plain(path.name)}: {error}", hint=error.hint) from error
     except (ExportError, OSError) as error:
         raise _named(path, error) from error
     brought = ("its external data brought in",) if places else ()
@@ -89,12 +107,12 @@ def _named(path: Path, error: ExportError | OSError) -> InputRefused:
     return InputRefused(f"{plain(path.name)}: {error}", hint=error.hint)
 
 
-def _asked_of(graph: onnx.GraphProto, shape: tuple[int, ...] | None) -> TensorSpec:
-    """Return the input of a graph that can be started from, as far as it tells without a run."""
+def _asked_of(graph: onnx.GraphProto, shape: Shapes | None) -> tuple[TensorSpec, ...]:
+    """Return the inputs of a graph that can be started from, as far as it tells without a run."""
     drop_given_constants(graph)
-    _check_ends(graph)
+    check_ends(graph)
     _check_operators(graph)
-    return input_of(graph, shape)
+    return inputs_of_file(graph, shape)
 
 
 def _pinned(data: bytes, model: onnx.ModelProto, folder: Path) -> tuple[str, list[str]]:
@@ -115,27 +133,10 @@ def _pinned(data: bytes, model: onnx.ModelProto, folder: Path) -> tuple[str, lis
 # ── What is refused ─────────────────────────────────────────────────────────────────
 
 
-def _check_ends(graph: onnx.GraphProto) -> None:
-    """Raise `InputRefused` unless there is one float32 input and one float32 output."""
+def _check_operators(graph: onnx.GraphProto) -> None:
+    """Raise `InputRefused` for operators that are foreign, unknown, quantise, or train."""
     import onnx
 
-    for verb, values in (("takes", graph.input), ("gives", graph.output)):
-        if len(values) != 1:
-            names = ", ".join(quoted(value.name) for value in values[:_SHOWN])
-            raise InputRefused(
-                f"it {verb} {len(values)} tensors ({names}), and only files of one input and one "
-                "output can be started from so far"
-            )
-        kind = values[0].type.tensor_type.elem_type
-        if kind != onnx.TensorProto.FLOAT:
-            raise InputRefused(
-                f"it {verb} {quoted(values[0].name)} as {_kind(kind)}, where FLOAT is needed",
-                hint=_half_hint(kind),
-            )
-
-
-def _check_operators(graph: onnx.GraphProto) -> None:
-    """Raise `InputRefused` for operators that are not ONNX's own, quantise, or train."""
     foreign = {f"{n.domain}::{n.op_type}" for n in graph.node if n.domain not in ONNX}
     if foreign:
         raise InputRefused(
@@ -147,12 +148,70 @@ def _check_operators(graph: onnx.GraphProto) -> None:
             f"it is quantised already: it has {_some(quantising)}",
             hint="start from the float32 file that it was made from; --precision int8 quantises it",
         )
+    unknown = {node.op_type: node for node in reversed(graph.node) if node.op_type not in _KNOWN}
+    if unknown:
+        said = [f"{kind} {_node(node)}" for kind, node in sorted(unknown.items())]
+        raise InputRefused(
+            f"the float64 reference does not know what it has: {' and '.join(said[:_SHOWN])}",
+            hint="onnxsim or onnxslim may compute it where it follows from constants; else export "
+            "without it, or cut the file in front of it: onnx.utils.extract_model(path, to, "
+            "inputs, outputs)",
+        )
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
+        drops = node.input[2] if node.op_type == "Dropout" and len(node.input) > 2 else ""
+        if drops in stored and onnx.numpy_helper.to_array(stored[drops]).any():
+            raise InputRefused(f"the Dropout {_node(node)} is in training mode", hint=_EVAL)
         trains = any(a.name == "training_mode" and a.i for a in node.attribute)
         if node.op_type == "BatchNormalization" and trains:
             raise InputRefused(
                 f"the BatchNormalization {quoted(node.name)} is in training mode",
-                hint="export it anew after module.eval()",
+                hint=_EVAL,
+            )
+
+
+def _check_types(graph: onnx.GraphProto) -> None:
+    """Raise `InputRefused` for constants that are no numbers."""
+    import onnx
+
+    for tensor in graph.initializer:
+        if tensor.data_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+            raise InputRefused(
+                f"its tensor {quoted(tensor.name)} is {kind_of(tensor.data_type)}, and the FP32 "
+                "graph of a network is needed"
+            )
+
+
+def _check_memory(model: onnx.ModelProto, specs: Sequence[TensorSpec]) -> None:
+    """Raise for tensors that are empty, or too large to be computed in float64 here.
+
+    `InputRefused` and `OutOfMemory`.
+    """
+    import onnx
+
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value, spec in zip(sized.graph.input, specs, strict=True):
+        axes = value.type.tensor_type.shape.dim
+        for axis, size in zip(axes, (FEWEST, *spec.shape), strict=True):
+            axis.dim_value = size
+    for value in sized.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    found = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    memory = environment.memory_bytes()
+    for value in (*found.input, *found.value_info, *found.output):
+        kind = value.type.tensor_type
+        sizes = [axis.dim_value for axis in kind.shape.dim if axis.HasField("dim_value")]
+        said = " × ".join(map(str, sizes))
+        if 0 in sizes[1:] and kind.elem_type == onnx.TensorProto.FLOAT:
+            raise InputRefused(f"its tensor {quoted(value.name)} of {said} is empty")
+        needed = _COPIES * 8 * prod(sizes)
+        if memory and needed > memory:
+            raise OutOfMemory(
+                f"its tensor {quoted(value.name)} is {said} for {FEWEST} samples, and computing "
+                f"it in float64 takes {needed / 1e9:,.0f} GB, more than this machine's "
+                f"{memory / 1e9:.0f} GB of memory",
+                hint="take a machine with more, or a smaller picture",
             )
 
 
@@ -167,9 +226,9 @@ def _check_values(model: onnx.ModelProto) -> None:
     for name, kind in types.items():
         if kind not in FLOATS_AND_SHAPES:
             raise InputRefused(
-                f"its tensor {quoted(name)} is {_kind(kind)}, and the FP32 graph of a network is "
+                f"its tensor {quoted(name)} is {kind_of(kind)}, and the FP32 graph of a network is "
                 "needed",
-                hint=_half_hint(kind),
+                hint=half_hint(kind),
             )
     weighted = (*LAYERS, "BatchNormalization")
     read = {name for node in model.graph.node if node.op_type in weighted for name in node.input}
@@ -180,21 +239,10 @@ def _check_values(model: onnx.ModelProto) -> None:
             raise InputRefused(
                 f"its tensor {quoted(tensor.name)} holds {bad} values that are NaN or infinite"
             )
-    Emulator.of(model)  # names an operator that has no emulation
 
 
-def _kind(kind: int) -> str:
-    import onnx
-
-    return str(onnx.TensorProto.DataType.Name(kind)) if kind else "of no tensor type"
-
-
-def _half_hint(kind: int) -> str | None:
-    import onnx
-
-    if kind not in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
-        return None
-    return "start from the float32 file that it was made from; --precision fp16 converts it"
+def _node(node: onnx.NodeProto) -> str:
+    return quoted(node.name or next(iter(node.output), ""))
 
 
 def _some(names: list[str]) -> str:

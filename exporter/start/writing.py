@@ -55,11 +55,16 @@ class _Writer:
 
     def write(self) -> onnx.ModelProto:
         graph = self.model.graph
+        inputs = iter(graph.input)
         for node in self.folded.graph.nodes:
             if node.op == "placeholder":
-                self.names[node] = graph.input[0].name
+                self.names[node] = next(inputs).name
             elif node.op == "output":
-                self._rename(self.names[node.all_input_nodes[0]], graph.output[0].name)
+                gives: Any = node.args[0]
+                if len(set(gives)) < len(gives):
+                    raise GraphError("folding left one tensor for two outputs")
+                for given, value in zip(gives, graph.output, strict=True):
+                    self._rename(self.names[given], value.name)
             else:
                 self._visit(node)
         replace_nodes(graph, self.nodes)

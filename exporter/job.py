@@ -37,7 +37,6 @@ from exporter.data import (
     shared_samples,
 )
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
-from exporter.initial import Initial
 from exporter.network import code_of, kind_of
 from exporter.packing import in_words, packed_shape, unpack
 from exporter.parity import collect_all
@@ -56,7 +55,7 @@ from exporter.records import (
 from exporter.samples import Samples, Split
 from exporter.stages import Stages
 from exporter.start import Start, choose
-from exporter.weights import Loaded
+from exporter.weights import AskedWeights, Loaded
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +98,7 @@ class Job:
         model: str | Model | Path,
         profile: Profile,
         *,
-        weights: Path | Initial | None,
+        weights: AskedWeights | None,
         input_shape: tuple[int, ...] | None,
         calibration: Data | None,
         progress: Progress,
@@ -305,6 +304,7 @@ class Job:
             more_inputs=self.input_specs[1:],
             given=kind_of(self.model),
             file=self.start.file,
+            weights_key=self.loaded.key,
         )
 
 

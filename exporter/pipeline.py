@@ -28,7 +28,6 @@ from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
 from exporter.graphs import convert_all, export_source
-from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -47,6 +46,7 @@ from exporter.records import (
 from exporter.renderers import markdown, plots, record
 from exporter.start import FoldedStart
 from exporter.version import TOOL
+from exporter.weights import AskedWeights
 
 if TYPE_CHECKING:
     import onnx
@@ -60,7 +60,7 @@ def run(
     profile: Profile,
     out: Path,
     *,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     calibration: Data | None = None,
@@ -71,13 +71,13 @@ def run(
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract; a path is
-    an ONNX file's, which is network and weights in one. ``weights`` replaces its own (see
-    `load_weights`; "random" are values from a seed, "factory" those that a factory made),
-    ``input_shape`` its own (C, H, W), ``classes`` their number, ``data`` its own samples by any
-    that `exporter.data` takes, in words or in memory, and ``calibration``, such data or one array
-    (N, C, H, W) float32, the draw from those; samples that the result is judged on are refused
-    there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle ``out``
-    is written whole or not at all.
+    an ONNX file's, which is network and weights in one. ``weights`` replaces its own: a file (see
+    `load_weights`), or a `WeightsFile` with the key of those in it; "random" are values from a
+    seed, "factory" those that a factory made. ``input_shape`` replaces its own (C, H, W),
+    ``classes`` their number, ``data`` its own samples by any that `exporter.data` takes, in words
+    or in memory, and ``calibration``, such data or one array (N, C, H, W) float32, the draw from
+    those; samples that the result is judged on are refused there unless ``allow_overlap``. Words
+    with a colon name code, which is run. The bundle ``out`` is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from

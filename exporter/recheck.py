@@ -25,7 +25,6 @@ from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, Shapes, load_factory
 from exporter.graphs import convert_all, export_source
-from exporter.initial import Initial
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.live import live_model
@@ -36,6 +35,7 @@ from exporter.profile import Profile, load_profile
 from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
+from exporter.weights import AskedWeights
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -45,7 +45,7 @@ def check_bundle(
     folder: Path,
     *,
     model: Model | nn.Module | Path | None = None,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     calibration: Data | None = None,
     data: Data | None = None,
     allow_overlap: bool = False,
@@ -189,6 +189,7 @@ def _check_sources(job: Job, before: Report) -> None:
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
             hint=f"give the same with {'--onnx' if before.source.file else '--weights'}",
         )
+    _check_key(before.source.weights_key, job.loaded.key)
     check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
     wanted = before.calibration or "nothing"
@@ -204,6 +205,16 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
+
+
+def _check_key(then: str | None, now: str | None) -> None:
+    """Raise `InputRefused` for other weights of one file: without a key there is no choice."""
+    if then is not None and now is not None and then != now:
+        raise InputRefused(
+            f"the bundle was made from the weights by the key {then!r}, and this would be from "
+            f"{now!r}",
+            hint=f"give --weights-key {then}",
+        )
 
 
 def _said(tensors: tuple[TensorSpec, ...]) -> str:

@@ -128,7 +128,8 @@ class Source(Found, frozen=True):
     ``weights`` is the file's name without its folder, or what is taken in place of one,
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
-    to be the network's, one clause each. ``factory`` is the code that made the network, and
+    to be the network's, one clause each, and ``weights_key`` the key in full of those that were
+    asked for, of several in the file. ``factory`` is the code that made the network, and
     ``given`` the class of the module that a program gave; both are None for a built-in one.
     ``file`` is the name of the ONNX file that was started from, None for a network in PyTorch; with
     it the weights are those in it, and the changes what was done to read it. ``more_outputs`` and
@@ -149,6 +150,7 @@ class Source(Found, frozen=True):
     more_outputs: tuple[TensorSpec, ...] = ()
     more_inputs: tuple[TensorSpec, ...] = ()
     file: str | None = None
+    weights_key: str | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from exporter.contracts import Ends, Model, Session
-from exporter.initial import Initial
 from exporter.network import Network
 from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
-from exporter.weights import Loaded
+from exporter.weights import AskedWeights, Loaded
 
 if TYPE_CHECKING:
     from exporter.fold.same import Example
@@ -96,7 +95,7 @@ class Chosen(Protocol):
         """Return the tensors that it takes and gives, and its samples."""
 
     def start(
-        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+        self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> Start:
         """Return it with its weights, known to take such inputs. Raises `InputRefused`."""
 

@@ -20,14 +20,13 @@ from exporter.contracts import Runtime, Session
 from exporter.emulation import Emulator, emulate
 from exporter.errors import BuildError, GraphError, InputRefused
 from exporter.fidelity import distance, judge_outputs
-from exporter.initial import Initial
 from exporter.plugins import load_runtime
 from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
 from exporter.reference import GraphSession
 from exporter.samples import feeds, fitting, noise
 from exporter.start.reading import Given, read_file
-from exporter.weights import Loaded
+from exporter.weights import AskedWeights, Loaded
 from exporter.words import plain
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class OnnxFile:
         return cls(name or "model", file, ends, given, runtime)
 
     def start(
-        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+        self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> FileStart:
         """Return it as the top of a run. Raises `InputRefused` if it is not what it seems."""
         if profile.preprocess.fuse or profile.postprocess.softmax:

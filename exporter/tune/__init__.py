@@ -25,7 +25,6 @@ from exporter.contracts import Model, Progress, Runtime, silent
 from exporter.data import Data
 from exporter.errors import InputRefused, ProfileError, RuntimeMissing, UnknownName
 from exporter.graphs import export_source
-from exporter.initial import Initial
 from exporter.job import Job
 from exporter.plugins import load_runtime, options_of
 from exporter.profile import Profile
@@ -35,6 +34,7 @@ from exporter.tune.bench import Bench
 from exporter.tune.loop import Search
 from exporter.tune.state import State, check_folder
 from exporter.version import TOOL
+from exporter.weights import AskedWeights
 
 FEWEST = 8  # validation samples, below which an SQNR is an accident
 
@@ -47,7 +47,7 @@ def tune_model(
     *,
     precision: str = "int8",
     runtime: str | None = None,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     calibration: Data | None = None,
@@ -177,7 +177,7 @@ def _made_with(
         )
     )
     return {
-        "weights": job.loaded.sha256,
+        "weights": " ".join(filter(None, (job.loaded.sha256, job.loaded.key))),
         "input shape": " ".join("x".join(map(str, spec.shape)) for spec in job.input_specs),
         "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "profile": hashlib.sha256(said).hexdigest(),

@@ -99,7 +99,7 @@ def check_accuracy(candidate: Candidate, session: Session) -> Checked:
     assert recorded.reference_correct is not None  # it has labels
     outputs = collect_outputs(
         session,
-        feeds(bundle.held_out.inputs, source.input.name, size=bundle.profile.batch.opt),
+        feeds(bundle.held_out.inputs, source.inputs, size=bundle.profile.batch.opt),
         recorded.output or source.output.name,
         samples=recorded.samples,
     )

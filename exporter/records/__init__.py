@@ -64,7 +64,7 @@ from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Part, Report, Source, Stage, Variant
 from exporter.records.roofline import Bandwidth, Ceilings, Kernel, Roofline
-from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
+from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport, worst_of
 from exporter.records.worth import Comparison, Recommendation
 
 __all__ = [
@@ -151,4 +151,5 @@ __all__ = [
     "rank",
     "whole",
     "worst",
+    "worst_of",
 ]

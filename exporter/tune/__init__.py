@@ -61,7 +61,8 @@ def tune_model(
 
     ``precision`` is the one whose option ``keep`` is varied, and ``runtime`` where candidates run,
     the profile's first that can here. ``minutes`` are how long a search takes, about: 60 % are
-    for candidates, and one that is begun is finished. The rest is as for `exporter.run`.
+    for candidates, and one that is begun is finished. The rest is as for `exporter.run`. Of several
+    outputs the budget speaks of each, and figures are those of the one that loses most.
 
     A search in ``out`` that was made with the same things goes on; ``restart`` begins anew. Raises
     `InputRefused` if it was made with others, `OutputError` if the folder holds something else, and
@@ -81,7 +82,7 @@ def tune_model(
         progress=progress,
         builds=False,
     )
-    _check_output(job)
+    _check_budget(job, budget)
     seen = _validation(job, validation)
     with TemporaryDirectory() as scratch, job.threads(), ExitStack() as sessions:
         with job.stage("fold BatchNorm"):
@@ -110,15 +111,15 @@ def _check_options(profile: Profile, precision: str, *, validation: int, minutes
         raise ProfileError(f"{precision} has no option 'keep', so that there is nothing to search")
 
 
-def _check_output(job: Job) -> None:
-    """Raise `InputRefused` unless the network tells classes apart and does nothing else."""
+def _check_budget(job: Job, budget: Budget) -> None:
+    """Raise `InputRefused` for a drop in accuracy that would leave an output without a bound."""
     found = job.output_specs
-    if len(found) > 1 or not found[0].has_classes:
+    if budget.max_drop is not None and (len(found) > 1 or not found[0].has_classes):
         shapes = ", ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in found)
         raise InputRefused(
-            f"{job.name} gives {shapes}, and a search needs one output (N, classes), by whose "
-            "labels candidates are told apart",
-            hint="name the layers to keep in the profile, as keep among a precision's options",
+            f"{job.name} gives {shapes}, and a drop in accuracy is of one output (N, classes) "
+            "alone",
+            hint="--min-sqnr in place of --max-drop bounds every output",
         )
 
 

@@ -19,13 +19,13 @@ from exporter.contracts import Ends, Model, Session, outputs_of
 from exporter.errors import InputRefused
 from exporter.factories import FactoryModel, GivenModel, check_sizes
 from exporter.fold import fold_batchnorm
-from exporter.fused import fuse
+from exporter.fused import RankedNetwork, fuse
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.outputs import check_outputs
 from exporter.packing import in_words
 from exporter.plugins import load_model
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.reference import TorchSession
 from exporter.to_onnx import export_onnx
 from exporter.weights import AskedWeights, Loaded, WeightsFile, fit_weights
@@ -176,8 +176,13 @@ class NetworkStart:
     def double(self) -> Session:
         return TorchSession.of(self.module, *self.outputs, double=True)
 
-    def single(self) -> AbstractContextManager[Session]:
-        return nullcontext(TorchSession.of(self.module, *self.outputs))
+    def single(self, top: TopK | None = None) -> AbstractContextManager[Session]:
+        if top is None:
+            return nullcontext(TorchSession.of(self.module, *self.outputs))
+        place = self.outputs.index(top.scores.name)
+        names = list(self.outputs)
+        names[place : place + 1] = top.values.name, top.labels.name
+        return nullcontext(TorchSession.of(RankedNetwork(self.module, place, top.k), *names))
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedNetwork:
         module = deepcopy(self.module).double() if double else self.module

@@ -27,7 +27,7 @@ from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.flops import count_flops
-from exporter.graphs import convert_all, export_source
+from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -104,9 +104,9 @@ def run(
         truth = Truth.compute(job, folded)
         fold = _check_fold(job, folded, truth)
         graph = onnx.load(source.path)
-        ladder = Ladder(job, truth, Asked.of(job, graph, "fp32"))
+        ladder = Ladder(job, truth, Asked.of(job, as_shipped(job, graph), "fp32"))
         rungs = ladder.first_rungs()
-        reference = sessions.enter_context(job.start.single())
+        reference = sessions.enter_context(job.start.single(job.top))
         bench = _Bench(job, ladder, sessions, timed={job.start.timed: reference})
         variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)

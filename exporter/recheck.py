@@ -24,7 +24,7 @@ from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, Shapes, load_factory
-from exporter.graphs import convert_all, export_source
+from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.live import live_model
@@ -91,7 +91,8 @@ def check_bundle(
         with job.stage("export to ONNX again"):
             path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
         graph = onnx.load(path)
-        ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
+        asked = Asked.of(job, as_shipped(job, graph), "fp32")
+        ladder = Ladder(job, Truth.compute(job, folded), asked)
         rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
         bundle = _Bundle(job, folder, intact, ladder, search)
@@ -284,8 +285,8 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             name,
             input=bundle.job.input_specs[0],
             more_inputs=bundle.job.input_specs[1:],
-            output=bundle.job.output_specs[0],
-            more_outputs=bundle.job.output_specs[1:],
+            output=bundle.job.graph_outputs[0],
+            more_outputs=bundle.job.graph_outputs[1:],
             dtypes=("float32", "float16"),
         )
     elif name not in bundle.intact:
@@ -304,6 +305,10 @@ def _search(
     if job.input_specs[0].dtype != "float32":
         raise GraphError(
             "no worst case can be searched for: it is found by gradients, and pixels have none"
+        )
+    if job.top is not None:
+        raise GraphError(
+            "no worst case can be searched for: it is found by gradients, and labels have none"
         )
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")

@@ -284,6 +284,14 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
     return torch.split(x, each, dim=axis)
 
 
+def _top_k(a: Attributes, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Return the k largest or smallest in order, of equal ones the first; sorted in any case."""
+    axis = a.get("axis", -1)
+    values, indices = x.sort(dim=axis, descending=bool(a.get("largest", 1)), stable=True)
+    count = int(k.reshape(()))
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+
+
 def _slice(
     _: Attributes,
     x: Tensor,
@@ -502,6 +510,7 @@ OPERATORS: dict[str, Operator] = {
     "Sub": _plain(torch.sub),
     "Sum": _all(torch.add),
     "Tanh": _plain(torch.tanh),
+    "TopK": _top_k,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),

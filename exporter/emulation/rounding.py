@@ -70,7 +70,7 @@ EXACT = frozenset({
     "Dropout", "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherND", "GlobalMaxPool",
     "Greater", "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad",
     "QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Shape", "Slice", "Split",
-    "Squeeze", "Transpose", "Unsqueeze", "Where",
+    "Squeeze", "TopK", "Transpose", "Unsqueeze", "Where",
 })
 FUNCTIONS = frozenset({
     "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Pow",

@@ -17,6 +17,7 @@ from exporter.records.asked import (
     TensorSpec,
     Timing,
     Tolerance,
+    TopK,
 )
 from exporter.records.base import (
     SCHEMA,
@@ -142,6 +143,7 @@ __all__ = [
     "Timed",
     "Timing",
     "Tolerance",
+    "TopK",
     "Trial",
     "TuneReport",
     "Unfit",

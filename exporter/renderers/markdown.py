@@ -49,7 +49,8 @@ def _head(report: Report) -> list[str]:
         _escape(report.profile["about"]) + ".",
         "",
         f"- {_named('input', source.inputs)} {source.input.dtype}, "
-        f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
+        f"{_named('output', source.graph_outputs)}{_top(source)}, ONNX opset {source.opset}, "
+        f"batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         *([f"- given as a module, {_escape(source.given)}"] if source.given else []),
         *([f"- made from the ONNX file {_escape(source.file)}"] if source.file else []),
@@ -69,6 +70,13 @@ def _head(report: Report) -> list[str]:
 def _named(what: str, specs: Sequence[TensorSpec]) -> str:
     found = (f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in specs)
     return f"{what}{'s' if len(specs) > 1 else ''} {', '.join(found)}"
+
+
+def _top(source: Source) -> str:
+    if source.top_k is None:
+        return ""
+    (classes,) = source.top_k.scores.shape
+    return f" (the {source.top_k.k} largest of {classes} of {_escape(source.top_k.scores.name)})"
 
 
 def _format(source: Source) -> str:

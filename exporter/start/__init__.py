@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from exporter.contracts import Ends, Model, Session
 from exporter.network import Network
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.weights import AskedWeights, Loaded
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ class Start(Protocol):
     def double(self) -> Session:
         """Return it in float64: the truth."""
 
-    def single(self) -> AbstractContextManager[Session]:
-        """Open it in float32: the noise floor, and what latencies are compared with."""
+    def single(self, top: TopK | None = None) -> AbstractContextManager[Session]:
+        """Open it in float32: the noise floor, and what latencies are compared with.
+
+        With ``top`` it gives the largest scores, as the artefacts do.
+        """
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedStart:
         """Fold its BatchNorms, rounded to float32 or not. Raises `GraphError`."""

@@ -22,10 +22,11 @@ from exporter.errors import BuildError, GraphError, InputRefused
 from exporter.fidelity import distance, judge_outputs
 from exporter.plugins import load_runtime
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.reference import GraphSession
 from exporter.samples import feeds, fitting, noise
 from exporter.start.reading import Given, read_file
+from exporter.topk import with_top_k
 from exporter.weights import AskedWeights, Loaded
 from exporter.words import plain
 
@@ -181,8 +182,9 @@ class FileStart:
         return GraphSession.of(self.model, double=True)
 
     @contextmanager
-    def single(self) -> Iterator[Session]:
-        with _opened(self.runtime, self.model.SerializeToString()) as session:
+    def single(self, top: TopK | None = None) -> Iterator[Session]:
+        model = self.model if top is None else with_top_k(self.model, top)
+        with _opened(self.runtime, model.SerializeToString()) as session:
             yield session
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedFile:

@@ -517,6 +517,16 @@ def test_the_profile_of_a_float_choice_has_that_precision_alone(planted, search,
     assert again == only("fp32")
 
 
+def test_a_search_is_by_the_scores_with_a_top_k_or_without(planted, search, tmp_path):
+    ranked = load_profile("default", {**QUICK, "postprocess.top_k": 3}).only(("fp32", "int8"))
+    with_it = search("ranked", profile=ranked, objective="size", min_sqnr=1.0)
+    without = search(profile=only("fp32", "int8"), objective="size", min_sqnr=1.0)
+    assert [(c.name, c.parity) for c in with_it.candidates] == [
+        (c.name, c.parity) for c in without.candidates
+    ]
+    assert load_profile(tmp_path / "ranked/tuned.toml").postprocess.top_k == 3
+
+
 def test_layers_that_the_profile_keeps_stay_kept_and_are_not_searched(planted, search):
     kept = load_profile("default", {**QUICK, "precision.int8.options.keep": ["block2.0.conv1"]})
     report = search(objective="size", min_sqnr=1.0, profile=kept)

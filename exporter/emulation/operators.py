@@ -286,9 +286,8 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
 
 def _top_k(a: Attributes, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """Return the k largest or smallest in order, of equal ones the first; sorted in any case."""
-    axis = a.get("axis", -1)
+    axis, (count,) = a.get("axis", -1), k.tolist()
     values, indices = x.sort(dim=axis, descending=bool(a.get("largest", 1)), stable=True)
-    count = int(k.reshape(()))
     return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
 
 

@@ -263,6 +263,7 @@ def parity(
     """
     if onnx is not None and any(given is not None for given in (model, weights, weights_key)):
         raise click.UsageError("--onnx is the network and its weights in one: give it alone")
+    chosen = weights_of(weights, weights_key)
     with _bars() as progress:
         with progress("load PyTorch", None):
             from rich.console import Console
@@ -273,7 +274,7 @@ def parity(
         report = check_bundle(
             bundle,
             model=onnx if model is None else load_factory_of(bundle, model),
-            weights=weights_of(weights, weights_key),
+            weights=chosen,
             calibration=calibration,
             data=data,
             allow_overlap=allow_overlap,
@@ -358,6 +359,7 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
     budget = read(Budget, {k: asked[k] for k in ("objective", *limits)}, where="the budget")
     overrides = _overrides({"target": (), "batch": None, "settings": asked["settings"]})
     profile = load_profile(asked["profile"], overrides)
+    weights = weights_of(asked["weights"], asked["weights_key"])
     ctx.meta[_LEFT] = "the same command goes on where it stopped"
     with _bars() as progress:
         with progress("load PyTorch", None):
@@ -371,7 +373,7 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
             profile,
             asked["out"],
             budget,
-            weights=weights_of(asked["weights"], asked["weights_key"]),
+            weights=weights,
             input_shape=size_of(asked["input_shape"]),
             **{key: asked[key] for key in (*options, "data", "validation", "minutes", "restart")},
             progress=progress,
@@ -429,6 +431,7 @@ def roofline(
 
 
 def _export(profile: Any, asked: dict[str, Any]) -> Any:
+    weights = weights_of(asked["weights"], asked["weights_key"])
     with _bars() as progress:
         with progress("load PyTorch", None):
             from rich.console import Console
@@ -439,7 +442,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             start_of(asked, profile.model.args),
             profile,
             asked["out"],
-            weights=weights_of(asked["weights"], asked["weights_key"]),
+            weights=weights,
             input_shape=size_of(asked["input_shape"]),
             classes=asked["classes"],
             calibration=asked["calibration"],

@@ -309,7 +309,10 @@ def test_the_record_says_what_is_given_in_place_of_what(made):
         TensorSpec("output_labels", (K,), "int64"),
     )
     page = (made.folder / "report.md").read_text("utf-8")
-    assert "outputs output\\_values N×3, output\\_labels N×3 (the 3 largest of 8 of output)" in page
+    gives = (
+        "outputs output\\_values N×3, output\\_labels N×3 (the 3 largest of 8 of output, labels "
+    )
+    assert gives in page
     assert "PyTorch eager, fp32" in {latency.name for latency in made.report.latency}
 
 

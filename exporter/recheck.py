@@ -36,6 +36,7 @@ from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
 from exporter.weights import AskedWeights
+from exporter.words import quoted
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -212,9 +213,9 @@ def _check_key(then: str | None, now: str | None) -> None:
     """Raise `InputRefused` for other weights of one file: without a key there is no choice."""
     if then is not None and now is not None and then != now:
         raise InputRefused(
-            f"the bundle was made from the weights by the key {then!r}, and this would be from "
-            f"{now!r}",
-            hint=f"give --weights-key {then}",
+            f"the bundle was made from the weights by the key {quoted(then)}, and this would be "
+            f"from {quoted(now)}",
+            hint=f"give --weights-key {quoted(then)}",
         )
 
 

@@ -19,9 +19,8 @@ what is in front of every name, outermost first, joined with dots, or just the o
     ema, ema.module     {"ema": {"module": …}}, or "ema.module." in front of every name
     .                   as they are: in no dict, with nothing in front
 
-Half-precision storage is fine: every float16 and bfloat16 value is
-a float32 value, so loading is exact. float64 is refused, since rounding it would change the network
-that was asked for.
+Half-precision storage is fine: every float16 and bfloat16 value is a float32 value, so loading is
+exact. float64 is refused, since rounding it would change the network that was asked for.
 """
 
 from __future__ import annotations

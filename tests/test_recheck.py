@@ -439,7 +439,7 @@ def test_a_bundle_of_averaged_weights_says_which_and_is_checked_against_those_al
     with refused(
         InputRefused,
         "from the weights by the key 'state_dict_ema', and this would be from 'state_dict'",
-        hint=("give --weights-key state_dict_ema",),
+        hint=("give --weights-key 'state_dict_ema'",),
     ):
         check_bundle(out, model=tiny_model, weights=asked._replace(key="state_dict"))
 

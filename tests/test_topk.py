@@ -18,7 +18,6 @@ from torch import nn
 import exporter
 from exporter.cli import main
 from exporter.contracts import silent
-from exporter.emulation import Emulator
 from exporter.errors import GraphError, InputRefused, ProfileError
 from exporter.graphs import as_shipped, export_source
 from exporter.job import Job
@@ -216,33 +215,6 @@ def test_the_graph_gives_what_pytorch_gives_and_is_left_as_it_was(names):
     want = torch.from_numpy(np.maximum(x, 0).astype(np.float64) @ w).topk(K, dim=1)
     assert np.abs(values - want.values.numpy()).max() < 1e-5
     assert np.array_equal(labels, want.indices.numpy())
-
-
-@pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("largest", [0, 1])
-def test_the_emulation_is_onnx_runtimes_with_equal_scores_in_the_order_of_their_classes(
-    axis, largest
-):
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("TopK", ["x", "k"], ["v", "i"], "t", axis=axis, largest=largest)],
-            "main",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [9, 9])],
-            [
-                helper.make_tensor_value_info("v", TensorProto.FLOAT, None),
-                helper.make_tensor_value_info("i", TensorProto.INT64, None),
-            ],
-            [numpy_helper.from_array(np.array([4], np.int64), "k")],
-        ),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=10,
-    )
-    x = np.random.default_rng(7).integers(0, 4, (9, 9)).astype(np.float32)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    values, indices = session.run(None, {"x": x})
-    got = Emulator.of(model).run({"x": torch.from_numpy(x).double()})
-    assert np.array_equal(got["v"].numpy(), values)
-    assert np.array_equal(got["i"].numpy(), indices)
 
 
 # ── What is judged through it ───────────────────────────────────────────────────────

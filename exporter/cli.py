@@ -431,7 +431,6 @@ def roofline(
 
 
 def _export(profile: Any, asked: dict[str, Any]) -> Any:
-    weights = weights_of(asked["weights"], asked["weights_key"])
     with _bars() as progress:
         with progress("load PyTorch", None):
             from rich.console import Console
@@ -442,7 +441,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             start_of(asked, profile.model.args),
             profile,
             asked["out"],
-            weights=weights,
+            weights=weights_of(asked["weights"], asked["weights_key"]),
             input_shape=size_of(asked["input_shape"]),
             classes=asked["classes"],
             calibration=asked["calibration"],

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from exporter.reference import TorchSession
     from exporter.to_onnx import export_onnx
     from exporter.tune import tune_model
-    from exporter.weights import load_weights
+    from exporter.weights import WeightsFile, load_weights
     from exporter.worst_case import Search
 
 # Where each public name lives. It is loaded on first use, so `import exporter` is instant.
@@ -72,6 +72,7 @@ _HOME = {
     "Timing": "records",
     "Tolerance": "records",
     "TorchSession": "reference",
+    "WeightsFile": "weights",
     "bench_bundles": "bench",
     "calibrate": "calibration",
     "check_bundle": "recheck",
@@ -110,6 +111,7 @@ __all__ = [
     "Timing",
     "Tolerance",
     "TorchSession",
+    "WeightsFile",
     "__version__",
     "bench_bundles",
     "calibrate",

@@ -28,6 +28,8 @@ from exporter.commands.options import (
     onnx_option,
     size_of,
     start_of,
+    weights_key_option,
+    weights_of,
     weights_option,
 )
 from exporter.errors import ExportError, ProfileError
@@ -131,6 +133,7 @@ class Percentage(click.ParamType[float]):
     help="The bundle: a folder that is written whole or not at all.",
 )
 @weights_option
+@weights_key_option
 @inputs_option
 @classes_option
 @click.option(
@@ -206,6 +209,7 @@ def doctor(runtimes: tuple[str, ...], *, as_json: bool) -> None:
     type=Weights(),
     help="The weights it was exported from, if not those that ship with the network.",
 )
+@weights_key_option
 @click.option(
     "--calibration",
     help="The calibration data it was exported with, if not the built-in ones.",
@@ -241,6 +245,7 @@ def parity(
     model: str | None,
     onnx: Path | None,
     weights: Path | Initial | None,
+    weights_key: str | None,
     calibration: str | None,
     data: str | None,
     steps: int,
@@ -256,8 +261,9 @@ def parity(
     artefact computes the graph that was asked for, and for one that does not, the first layer where
     it leaves it. The graphs asked for are made anew; without --worst-case nothing is written.
     """
-    if onnx is not None and (model is not None or weights is not None):
+    if onnx is not None and any(given is not None for given in (model, weights, weights_key)):
         raise click.UsageError("--onnx is the network and its weights in one: give it alone")
+    chosen = weights_of(weights, weights_key)
     with _bars() as progress:
         with progress("load PyTorch", None):
             from rich.console import Console
@@ -268,7 +274,7 @@ def parity(
         report = check_bundle(
             bundle,
             model=onnx if model is None else load_factory_of(bundle, model),
-            weights=weights,
+            weights=chosen,
             calibration=calibration,
             data=data,
             allow_overlap=allow_overlap,
@@ -316,6 +322,7 @@ def train(path: Path, model: str) -> None:
 @click.option("--precision", default="int8", show_default=True, help="The one that is mixed in.")
 @click.option("--runtime", help="Where candidates run. Default: the profile's first that can here.")
 @weights_option
+@weights_key_option
 @inputs_option
 @classes_option
 @click.option("--calibration", help="A .npy file, or what --data takes.")
@@ -352,6 +359,7 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
     budget = read(Budget, {k: asked[k] for k in ("objective", *limits)}, where="the budget")
     overrides = _overrides({"target": (), "batch": None, "settings": asked["settings"]})
     profile = load_profile(asked["profile"], overrides)
+    weights = weights_of(asked["weights"], asked["weights_key"])
     ctx.meta[_LEFT] = "the same command goes on where it stopped"
     with _bars() as progress:
         with progress("load PyTorch", None):
@@ -359,12 +367,13 @@ def tune(ctx: click.Context, /, **asked: Any) -> None:
 
             from exporter.renderers import tuning
             from exporter.tune import tune_model
-        options = ("precision", "runtime", "weights", "classes", "calibration")
+        options = ("precision", "runtime", "classes", "calibration")
         report = tune_model(
             network_of(asked["model"], profile.model.args, asked["input_shape"]),
             profile,
             asked["out"],
             budget,
+            weights=weights,
             input_shape=size_of(asked["input_shape"]),
             **{key: asked[key] for key in (*options, "data", "validation", "minutes", "restart")},
             progress=progress,
@@ -433,7 +442,7 @@ def _export(profile: Any, asked: dict[str, Any]) -> Any:
             start_of(asked, profile.model.args),
             profile,
             asked["out"],
-            weights=asked["weights"],
+            weights=weights_of(asked["weights"], asked["weights_key"]),
             input_shape=size_of(shape) if asked["onnx"] is None else shape,
             classes=asked["classes"],
             calibration=asked["calibration"],

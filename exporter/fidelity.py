@@ -31,7 +31,8 @@ from torch import Tensor
 from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.grids import LIMITS, spacing
 from exporter.emulation.rounding import BFLOAT16, BOUNDED, FLOAT, ROUNDOFF, held
-from exporter.records import Array, Fidelity, LayerError, Outputs
+from exporter.records import Array, Fidelity, LayerError, Outputs, TopK
+from exporter.topk import REACH, see
 
 if TYPE_CHECKING:
     import onnx
@@ -121,31 +122,59 @@ def judge_outputs(
     against: str,
     layers: Sequence[LayerError] = (),
     unseen: str | None = None,
+    top: TopK | None = None,
 ) -> Fidelity:
     """Return the verdict on one artefact; all arrays (samples, values) float64, by output.
 
     ``reference`` is what the candidate is compared with, ``against`` its name; ``exact`` and
     ``noisy`` are the two emulations whose distance is the noise floor, None where there are none.
     Each output is held to its own floor, and the figures are those of the one that is worst off.
-    ``unseen`` says why there is no comparison, or none layer by layer.
+    ``unseen`` says why there is no comparison, or none layer by layer. With ``top`` the candidate
+    gives the largest scores, and as far as the scores may be off, they may (`exporter.topk`).
     """
+    places = {name: _places(top, name, want, candidate) for name, want in reference.items()}
+    floors = {
+        name: None
+        if noisy is None or exact is None
+        else _floor(top, name, places[name][0], exact[name], noisy[name])
+        for name in reference
+    }
     found = [
         Fidelity(
             against=against,
             samples=len(want),
-            error=distance(candidate[name], want),
-            floor=None if noisy is None or exact is None else distance(noisy[name], exact[name]),
+            error=distance(got, want),
+            floor=floors[name],
             limit=LIMIT,
-            nonfinite=_nonfinite(candidate[name]) + _nonfinite(want),
+            nonfinite=_nonfinite(got) + _nonfinite(want),
             layers=len(layers),
             worst=max(layers, key=lambda error: error.size, default=None),
             first=first_deviation(layers),
             unseen=unseen,
             output=name if len(reference) > 1 else None,
         )
-        for name, want in reference.items()
+        for name, (want, got) in places.items()
     ]
     return max(found, key=_badness)
+
+
+def _places(top: TopK | None, name: str, want: Array, candidate: Outputs) -> tuple[Array, Array]:
+    """Return what is compared of an output: its values, or what the places of a top-k have."""
+    if top is None or name != top.scores.name:
+        return want, candidate[name]
+    seen = see(top, want, candidate)
+    return seen.want, seen.got
+
+
+def _floor(top: TopK | None, name: str, want: Array, exact: Array, noisy: Array) -> float | None:
+    """Return how far rounding may move an output, relative to ``want`` where that is of a top-k."""
+    import numpy as np
+
+    found = distance(noisy, exact)
+    if found is None or top is None or name != top.scores.name:
+        return found
+    size, whole = (float(np.linalg.norm(side)) for side in (want, exact))
+    return REACH * found * (whole or 1.0) / size if size else None
 
 
 def _badness(found: Fidelity) -> tuple[int, float]:

@@ -1,11 +1,12 @@
 """What is done to pixels before a network and to its scores behind it, as part of the network.
 
-    uint8 pixels ── channels first ── order ── (p / 255 − mean) / std ── network ── softmax
+    uint8 pixels ── channels first ── order ── (p / 255 − mean) / std ── network ── softmax ── top-k
 
 The middle is a BatchNorm of mean 255·mean and variance (255·std)², and is written as one. So
 folding treats it as any other (`exporter.fold`): its scale goes into the first layer, exactly, and
 so does its shift where that layer pads with no zeros and the mean is small beside std; else the
-shift stays as one addition.
+shift stays as one addition. The top-k is put behind the graph in whatever precision that is
+(`exporter.topk`); PyTorch has one where it is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from exporter.data import check_scale_said
 from exporter.errors import InputRefused
+from exporter.outputs import flatten
 from exporter.records import Postprocess, Preprocess, TensorSpec
 
 _WHITE = 255.0
@@ -45,6 +47,20 @@ class FusedNetwork(nn.Module):
             x = self.normalise(x)
         scores = self.network(x)
         return scores.softmax(1) if self.softmax else scores
+
+
+class RankedNetwork(nn.Module):
+    """A network with a top-k behind its output of some number: values and labels in its place."""
+
+    def __init__(self, network: nn.Module, place: int, k: int) -> None:
+        super().__init__()
+        self.network, self.place, self.k = network, place, k
+        self.eval()
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = list(flatten(self.network(*inputs)).values())
+        found[self.place : self.place + 1] = found[self.place].topk(self.k, dim=1)
+        return tuple(found)
 
 
 def fuse(

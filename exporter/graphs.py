@@ -13,6 +13,7 @@ from exporter.job import Job
 from exporter.records import Array, OnnxModel
 from exporter.samples import feeds
 from exporter.start import FoldedStart
+from exporter.topk import with_top_k
 
 if TYPE_CHECKING:
     import onnx
@@ -29,10 +30,19 @@ def export_source(job: Job, folded: FoldedStart, path: Path) -> OnnxModel:
     )
 
 
+def as_shipped(job: Job, graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph as its artefacts are made of it: with a top-k behind it if one is asked for.
+
+    It is put there once the graph is in its precision, so that no precision touches its labels.
+    """
+    return graph if job.top is None else with_top_k(graph, job.top)
+
+
 def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Converted | GraphError]]:
     """Yield each precision's name and graph, or why there is none; ``graph`` is left as it was.
 
-    Calibration runs once, before the first precision that needs it.
+    ``graph`` is the FP32 one, and those that come back are `as_shipped`. Calibration runs once,
+    before the first precision that needs it.
     """
     statistics: Mapping[str, Any] = {}
     for name, precision in job.precisions.items():
@@ -41,12 +51,12 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
                 statistics = statistics_of(job, graph)
             samples = job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs
             with job.stages.quietly(f"{name}: convert"):
-                made: Converted | GraphError = convert(
-                    name, precision, graph, statistics, samples, progress=job.stage
-                )
+                made = convert(name, precision, graph, statistics, samples, progress=job.stage)
+                shipped = made._replace(model=as_shipped(job, made.model))
         except GraphError as error:
-            made = error
-        yield name, made
+            yield name, error
+        else:
+            yield name, shipped
 
 
 def statistics_of(job: Job, graph: onnx.ModelProto) -> Mapping[str, Any]:

@@ -38,7 +38,6 @@ from exporter.data import (
 )
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.factories import Shapes
-from exporter.initial import Initial
 from exporter.network import code_of, kind_of
 from exporter.packing import in_words, packed_shape, unpack
 from exporter.parity import collect_all
@@ -53,11 +52,13 @@ from exporter.records import (
     Part,
     Source,
     TensorSpec,
+    TopK,
 )
 from exporter.samples import Samples, Split
 from exporter.stages import Stages
 from exporter.start import Start, choose
-from exporter.weights import Loaded
+from exporter.topk import choose_top_k
+from exporter.weights import AskedWeights, Loaded
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ _UNTRAINED = (
 class Job:
     """What was asked for, found possible; and what each stage of it took.
 
-    ``calibrated`` is there once a graph was calibrated; ``overlap`` are the calibration samples
-    that are among the held-out ones.
+    ``top`` is what artefacts give in place of scores, if the profile asks for it; ``calibrated`` is
+    there once a graph was calibrated; ``overlap`` are the calibration samples that are among the
+    held-out ones.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Job:
     noise: Array
     calibration: Samples | None
     stages: Stages
+    top: TopK | None = None
     overlap: tuple[int, ...] = ()
     calibrated: Convergence | None = None
 
@@ -100,7 +103,7 @@ class Job:
         model: str | Model | Path,
         profile: Profile,
         *,
-        weights: Path | Initial | None,
+        weights: AskedWeights | None,
         input_shape: Shapes | None,
         calibration: Data | None,
         progress: Progress,
@@ -131,6 +134,7 @@ class Job:
         origin, loaded = start.origin
         needed = any(precision.needs_calibration for precision in precisions.values())
         specs = outputs_of(chosen)
+        top = choose_top_k(inputs, specs, profile.postprocess)
         labelled = classification(specs)
         fits = (chosen.data, inputs, labelled, profile)
         whole: Split | None = None if calibration is None else "held-out"
@@ -164,6 +168,7 @@ class Job:
             noise=_noise(inputs, profile),
             calibration=calibrating,
             stages=stages,
+            top=top,
             overlap=shared,
         )
 
@@ -194,30 +199,47 @@ class Job:
         return tuple(spec.name for spec in self.output_specs)
 
     @property
+    def graph_outputs(self) -> tuple[TensorSpec, ...]:
+        """Return what the artefacts give."""
+        return self.output_specs if self.top is None else self.top.instead(self.output_specs)
+
+    @property
     def labelled(self) -> TensorSpec | None:
         """Return the output that the labels are of, if it is plain which."""
         return classification(self.output_specs)
 
     def outputs(
-        self, session: Session, inputs: Array, advance: Advance = lambda: None
+        self,
+        session: Session,
+        inputs: Array,
+        advance: Advance = lambda: None,
+        *,
+        of_artefact: bool = False,
     ) -> dict[str, Array]:
-        """Return what a session makes of the inputs, (samples, values) float64 by output."""
+        """Return what a session makes of the inputs, (samples, values) float64 by output.
+
+        The outputs are the network's, or those ``of_artefact``.
+        """
         size = self.profile.batch.opt
         return collect_all(
             session,
             samples.feeds(inputs, self.input_specs, size=size),
-            self.output_names,
+            [spec.name for spec in (self.graph_outputs if of_artefact else self.output_specs)],
             samples=len(inputs),
             advance=advance,
         )
 
-    def all_outputs(self, session: Session, what: str) -> tuple[Outputs, Outputs]:
+    def all_outputs(
+        self, session: Session, what: str, *, of_artefact: bool = False
+    ) -> tuple[Outputs, Outputs]:
         """Return what a session makes of the held-out samples and of the noise, as a stage."""
         size = self.profile.batch.opt
         inputs = (self.held_out.inputs, self.noise)
         total = sum(-(-len(part) // size) for part in inputs)
         with self.stage(what, total, part="evidence") as advance:
-            held_out, noise = (self.outputs(session, part, advance) for part in inputs)
+            held_out, noise = (
+                self.outputs(session, part, advance, of_artefact=of_artefact) for part in inputs
+            )
         return held_out, noise
 
     def gates(self, precision: str, output: TensorSpec) -> PrecisionChoice:
@@ -308,6 +330,8 @@ class Job:
             more_inputs=self.input_specs[1:],
             given=kind_of(self.model),
             file=self.start.file,
+            weights_key=self.loaded.key,
+            top_k=self.top,
         )
 
 

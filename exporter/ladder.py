@@ -34,7 +34,7 @@ from exporter.fidelity import (
     unreadable,
 )
 from exporter.job import Job
-from exporter.parity import compare_outputs
+from exporter.parity import Firsts, compare_outputs
 from exporter.records import (
     Array,
     Artefact,
@@ -49,6 +49,7 @@ from exporter.records import (
 from exporter.samples import feeds
 from exporter.start import FoldedStart
 from exporter.steps import across
+from exporter.topk import see
 
 if TYPE_CHECKING:
     import onnx
@@ -112,15 +113,22 @@ def _compared(
     floor: float | None = None,
 ) -> Parity:
     """Return the parity of one output, with figures of classes where it may have some."""
+    reference, firsts = want[output.name], None
+    if job.top is not None and output == job.top.scores:
+        reference, candidate, *each = see(job.top, reference, got)
+        firsts = Firsts(*each)
+    else:
+        candidate = got[output.name]
     return compare_outputs(
-        want[output.name],
-        got[output.name],
+        reference,
+        candidate,
         inputs=job.noise_name if on_noise else job.held_out.origin,
         tolerance=tolerance,
         labels=None if on_noise or output != job.labelled else job.held_out.labels,
         noise_floor=floor,
         output=output.name if len(job.output_specs) > 1 else None,
         has_classes=output.has_classes,
+        firsts=firsts,
     )
 
 
@@ -167,7 +175,7 @@ def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) 
 
     few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
     batches = feeds(few, job.input_specs, size=_AT_ONCE)
-    found = emulate(emulator, batches, kind, advance=advance)
+    found = emulate(emulator, batches, kind, watch=job.output_names, advance=advance)
     return {name: rows[: len(few)] for name, rows in found.items()}  # the last batch is filled up
 
 
@@ -188,7 +196,7 @@ class Ladder:
 
     def ask(self, model: onnx.ModelProto, precision: str) -> Asked:
         """Return the graph asked for in a precision, emulated unless it is the source itself."""
-        return self.source if model is self.source.model else Asked.of(self.job, model, precision)
+        return self.source if model == self.source.model else Asked.of(self.job, model, precision)
 
     def losses(self, asked: Asked, made: Converted) -> tuple[LayerError, ...]:
         """Return what each weighted layer loses by itself in the graph asked for, beside FP32.
@@ -229,7 +237,7 @@ class Ladder:
         Raises `GraphError` or `BuildError` where it cannot be compared at all.
         """
         what = f"{artefact.name}: compare with {self.job.source().reference}"
-        held_out, noise = self.job.all_outputs(session, what)
+        held_out, noise = self.job.all_outputs(session, what, of_artefact=True)
         layers, unseen = self._layers(artefact, runtime, path, asked)
         with self.job.stages.quietly(f"{artefact.name}: judge", part="evidence"):
             parity = self._parity(artefact, held_out, noise)
@@ -279,6 +287,7 @@ class Ladder:
             against=asked.against,
             layers=layers,
             unseen=asked.unseen or unseen,
+            top=self.job.top,
         )
 
     def _layers(
@@ -373,8 +382,8 @@ class Ladder:
             name=name,
             above=above,
             samples=len(next(iter(got.values()))),
-            error_above=_farthest(got, over),
-            error_top=_farthest(got, top),
+            error_above=self._farthest(got, over),
+            error_top=self._farthest(got, top),
             flips_above=self._flips(got, over),
             flips_top=self._flips(got, top),
             fidelity=fidelity,
@@ -389,17 +398,33 @@ class Ladder:
 
         flipped: Array | None = None
         for output in self.job.output_specs:
-            mine, theirs = one[output.name], other[output.name]
+            (mine, first), (theirs, other_first) = (
+                self._placed(output, side) for side in (one, other)
+            )
             if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
                 return None
             if output.has_classes:
-                differ = mine.argmax(axis=1) != theirs.argmax(axis=1)
+                differ = first != other_first
                 flipped = differ if flipped is None else flipped | differ
         return None if flipped is None else int(flipped.sum())
 
+    def _farthest(self, one: Outputs, other: Outputs) -> float | None:
+        """Return the relative distance of the output that is farthest, None if one is not finite.
 
-def _farthest(one: Outputs, other: Outputs) -> float | None:
-    """Return the relative distance of the output that is farthest, None if one is not finite."""
-    found = [distance(one[name], other[name]) for name in one]
-    finite = [off for off in found if off is not None]
-    return max(finite) if len(finite) == len(found) else None
+        Of a top-k each side is what its places have by the scores of the top.
+        """
+        found = [
+            distance(*(self._placed(output, side)[0] for side in (one, other)))
+            for output in self.job.output_specs
+        ]
+        finite = [off for off in found if off is not None]
+        return max(finite) if len(finite) == len(found) else None
+
+    def _placed(self, output: TensorSpec, found: Outputs) -> tuple[Array, Array]:
+        """Return an output on the held-out samples, and its largest value's place or label."""
+        top = self.job.top
+        if top is None or output != top.scores:
+            values = found[output.name]
+            return values, values.argmax(axis=1)
+        seen = see(top, self.truth.held_out[output.name], found)
+        return seen.got, seen.first_got

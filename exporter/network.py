@@ -19,16 +19,16 @@ from exporter.contracts import Ends, Model, Session, outputs_of
 from exporter.errors import InputRefused
 from exporter.factories import FactoryModel, GivenModel, check_sizes
 from exporter.fold import fold_batchnorm
-from exporter.fused import fuse
+from exporter.fused import RankedNetwork, fuse
 from exporter.initial import INITIAL, SEED, Initial, digest, from_seed
 from exporter.outputs import check_outputs
 from exporter.packing import in_words
 from exporter.plugins import load_model
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.reference import TorchSession
 from exporter.to_onnx import export_onnx
-from exporter.weights import Loaded, fit_weights
+from exporter.weights import AskedWeights, Loaded, WeightsFile, fit_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ class Network(NamedTuple):
         return cls(name, model)
 
     def start(
-        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+        self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> NetworkStart:
         """Return it with its weights and with what the profile fuses. Raises `InputRefused`."""
         module, origin, loaded = self.build(weights)
@@ -88,15 +88,16 @@ class Network(NamedTuple):
         names = tuple(output.name for output in outputs)
         return NetworkStart(module, inputs, names, (origin, loaded))
 
-    def build(self, weights: Path | Initial | None) -> tuple[nn.Module, str, Loaded]:
+    def build(self, weights: AskedWeights | None) -> tuple[nn.Module, str, Loaded]:
         """Return the module with its weights, where they are from in words, and what was loaded.
 
         Its digest is of the file, or of the values where there is none. Raises `InputRefused`
         where there are no weights, or they do not fit.
         """
         code = code_of(self.model)
-        if isinstance(self.model, GivenModel) and not isinstance(weights, Path):
-            return self._as_given(self.model, weights)
+        file = WeightsFile(weights) if isinstance(weights, Path) else weights
+        if isinstance(self.model, GivenModel) and not isinstance(file, WeightsFile):
+            return self._as_given(self.model, file)
         if weights is None and self.model.weights is None:
             other = "factory keeps those that it made" if code else "random takes untrained ones"
             raise InputRefused(
@@ -114,11 +115,11 @@ class Network(NamedTuple):
             kind = "random, " if weights == "random" else ""
             loaded = Loaded(digest(module, name=self.name), "")
             return module, f"{kind}{origin}, from seed {SEED}", loaded
-        path = weights if isinstance(weights, Path) else self.model.weights
+        path, key = file if isinstance(file, WeightsFile) else (self.model.weights, None)
         assert path is not None
         checkpoint = read_checkpoint(path)  # before the network is there, which takes memory too
         module = self.model.module()
-        loaded = fit_weights(module, checkpoint)
+        loaded = fit_weights(module, checkpoint, key=key)
         return module, path.name.encode(errors="replace").decode(), loaded  # names may be any bytes
 
     def _as_given(
@@ -175,8 +176,13 @@ class NetworkStart:
     def double(self) -> Session:
         return TorchSession.of(self.module, *self.outputs, double=True)
 
-    def single(self) -> AbstractContextManager[Session]:
-        return nullcontext(TorchSession.of(self.module, *self.outputs))
+    def single(self, top: TopK | None = None) -> AbstractContextManager[Session]:
+        if top is None:
+            return nullcontext(TorchSession.of(self.module, *self.outputs))
+        place = self.outputs.index(top.scores.name)
+        names = list(self.outputs)
+        names[place : place + 1] = top.values.name, top.labels.name
+        return nullcontext(TorchSession.of(RankedNetwork(self.module, place, top.k), *names))
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedNetwork:
         module = deepcopy(self.module).double() if double else self.module

@@ -8,7 +8,7 @@ NaN "agrees" with argmax of NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.contracts import Advance
 from exporter.errors import GraphError
@@ -136,6 +136,17 @@ def _named(name: str, axes: Iterable[str], dtype: str) -> str:
     return f"{name!r} {'×'.join(axes)} {dtype}"
 
 
+class Firsts(NamedTuple):
+    """Each side's first class, (samples,), where the arrays compared are not of all classes.
+
+    ``undecided`` are the samples for which the reference has more than one.
+    """
+
+    reference: Array
+    candidate: Array
+    undecided: Array
+
+
 def compare_outputs(
     reference: Array,
     candidate: Array,
@@ -146,12 +157,14 @@ def compare_outputs(
     noise_floor: float | None = None,
     output: str | None = None,
     has_classes: bool = True,
+    firsts: Firsts | None = None,
 ) -> Parity:
     """Return the distance between two arrays of one output, both (samples, values).
 
     ``labels`` (samples,) adds accuracy; without them, say on noise, one class alone is no lack.
     ``noise_floor``, the float32 reference's own relative error, adds the error as a multiple of it.
-    ``output`` names one of several, and without ``has_classes`` there are no figures of classes.
+    ``output`` names one of several, and without ``has_classes`` there are no figures of classes,
+    which are of the largest values, or of ``firsts``; with those no margin is known.
     Raises `GraphError` if the shapes differ or are empty.
     """
     import numpy as np
@@ -164,8 +177,9 @@ def compare_outputs(
         raise GraphError(f"cannot compare {len(want)} samples with labels of shape {labels.shape}")
     bad_want, bad_got = (int((~np.isfinite(side)).sum()) for side in (want, got))
     finite = not (bad_want or bad_got)
-    top_want, top_got = want.argmax(axis=1), got.argmax(axis=1)
-    undecided = _undecided(want)
+    top_want, top_got, undecided = firsts or Firsts(
+        want.argmax(axis=1), got.argmax(axis=1), _undecided(want)
+    )
     same = (top_want == top_got) & ~undecided
     told = finite and labels is not None
     right, still = top_want == labels, top_got == labels
@@ -177,7 +191,7 @@ def compare_outputs(
         max_abs=_largest_error(want, got) if finite else None,
         rel_l2=_relative_error(want, got) if finite else None,
         cosine=_smallest_cosine(want, got) if finite else None,
-        margin_used=_margin_used(want, got) if decides else None,
+        margin_used=_margin_used(want, got) if decides and firsts is None else None,
         noise_floor=noise_floor,
         agreeing=int(same.sum()) if decides else None,
         undecided=int(undecided.sum()) if has_classes else 0,

@@ -28,8 +28,7 @@ from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.factories import Shapes
 from exporter.flops import count_flops
-from exporter.graphs import convert_all, export_source
-from exporter.initial import Initial
+from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
@@ -48,6 +47,7 @@ from exporter.records import (
 from exporter.renderers import markdown, plots, record
 from exporter.start import FoldedStart
 from exporter.version import TOOL
+from exporter.weights import AskedWeights
 
 if TYPE_CHECKING:
     import onnx
@@ -61,7 +61,7 @@ def run(
     profile: Profile,
     out: Path,
     *,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     input_shape: Shapes | None = None,
     classes: int | None = None,
     calibration: Data | None = None,
@@ -72,13 +72,14 @@ def run(
     """Export a model in every precision of a profile, check it, time it, and write the bundle.
 
     ``model`` is a built-in's name, a `load_factory`, or anything that keeps the contract; a path is
-    an ONNX file's, which is network and weights in one. ``weights`` replaces its own (see
-    `load_weights`; "random" are values from a seed, "factory" those that a factory made),
-    ``input_shape`` its own (C, H, W), of a file's inputs also by their names, ``classes`` their
-    number, ``data`` its own samples by any that `exporter.data` takes, in words or in memory, and
-    ``calibration``, such data or one array (N, C, H, W) float32, the draw from those; samples that
-    the result is judged on are refused there unless ``allow_overlap``. Words with a colon name
-    code, which is run. The bundle ``out`` is written whole or not at all.
+    an ONNX file's, which is network and weights in one. ``weights`` replaces its own: a file (see
+    `load_weights`), or a `WeightsFile` with the key of those in it; "random" are values from a
+    seed, "factory" those that a factory made. ``input_shape`` replaces its own (C, H, W), of a
+    file's inputs also by their names, ``classes`` their number, ``data`` its own samples by any
+    that `exporter.data` takes, in words or in memory, and ``calibration``, such data or one array
+    (N, C, H, W) float32, the draw from those; samples that the result is judged on are refused
+    there unless ``allow_overlap``. Words with a colon name code, which is run. The bundle ``out``
+    is written whole or not at all.
 
     Missed gates are in the report (`Report.raise_for_parity` makes them an exception). Raises an
     `ExportError` of the kind that `exporter.errors` says for anything that keeps a bundle from
@@ -105,9 +106,9 @@ def run(
         truth = Truth.compute(job, folded)
         fold = _check_fold(job, folded, truth)
         graph = onnx.load(source.path)
-        ladder = Ladder(job, truth, Asked.of(job, graph, "fp32"))
+        ladder = Ladder(job, truth, Asked.of(job, as_shipped(job, graph), "fp32"))
         rungs = ladder.first_rungs()
-        reference = sessions.enter_context(job.start.single())
+        reference = sessions.enter_context(job.start.single(job.top))
         bench = _Bench(job, ladder, sessions, timed={job.start.timed: reference})
         variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)

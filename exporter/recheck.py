@@ -24,8 +24,7 @@ from exporter.data import Data
 from exporter.emulation import Emulator
 from exporter.errors import ExportError, GraphError, InputRefused, with_hint
 from exporter.factories import FactoryModel, Shapes, load_factory
-from exporter.graphs import convert_all, export_source
-from exporter.initial import Initial
+from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.live import live_model
@@ -36,6 +35,8 @@ from exporter.profile import Profile, load_profile
 from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
+from exporter.weights import AskedWeights
+from exporter.words import quoted
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -45,7 +46,7 @@ def check_bundle(
     folder: Path,
     *,
     model: Model | nn.Module | Path | None = None,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     calibration: Data | None = None,
     data: Data | None = None,
     allow_overlap: bool = False,
@@ -95,7 +96,8 @@ def check_bundle(
         with job.stage("export to ONNX again"):
             path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
         graph = onnx.load(path)
-        ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
+        asked = Asked.of(job, as_shipped(job, graph), "fp32")
+        ladder = Ladder(job, Truth.compute(job, folded), asked)
         rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
         bundle = _Bundle(job, folder, intact, ladder, search)
@@ -193,6 +195,7 @@ def _check_sources(job: Job, before: Report) -> None:
             f"{wanted[:12]}…, and {job.weights!r} has {found[:12]}…",
             hint=f"give the same with {'--onnx' if before.source.file else '--weights'}",
         )
+    _check_key(before.source.weights_key, job.loaded.key)
     check_data(job.data.record, before.data)
     calibrated = job.calibration.origin if job.calibration else "nothing"
     wanted = before.calibration or "nothing"
@@ -208,6 +211,16 @@ def _check_sources(job: Job, before: Report) -> None:
         lacking += [a.runtime for a in variant.artefacts if a.runtime not in job.runtimes]
         if lacking:
             raise InputRefused(f"the bundle's report has {lacking[0]!r}, and its profile lacks it")
+
+
+def _check_key(then: str | None, now: str | None) -> None:
+    """Raise `InputRefused` for other weights of one file: without a key there is no choice."""
+    if then is not None and now is not None and then != now:
+        raise InputRefused(
+            f"the bundle was made from the weights by the key {quoted(then)}, and this would be "
+            f"from {quoted(now)}",
+            hint=f"give --weights-key {quoted(then)}",
+        )
 
 
 def _said(tensors: tuple[TensorSpec, ...]) -> str:
@@ -277,8 +290,8 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             name,
             input=bundle.job.input_specs[0],
             more_inputs=bundle.job.input_specs[1:],
-            output=bundle.job.output_specs[0],
-            more_outputs=bundle.job.output_specs[1:],
+            output=bundle.job.graph_outputs[0],
+            more_outputs=bundle.job.graph_outputs[1:],
             dtypes=("float32", "float16"),
         )
     elif name not in bundle.intact:
@@ -297,6 +310,10 @@ def _search(
     if job.input_specs[0].dtype != "float32":
         raise GraphError(
             "no worst case can be searched for: it is found by gradients, and pixels have none"
+        )
+    if job.top is not None:
+        raise GraphError(
+            "no worst case can be searched for: it is found by gradients, and labels have none"
         )
     if source is None or surrogate is None:
         raise GraphError(f"no worst case can be searched for: {asked.unseen}")

@@ -415,6 +415,14 @@ def test_a_split_into_equal_parts_or_uneven_ones(more, options):
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("largest", [0, 1])
+def test_the_largest_come_in_order_with_their_places_and_equal_ones_in_theirs(axis, largest):
+    ties = np.random.default_rng(7).integers(0, 4, (9, 9)).astype(np.float64)
+    for x in (ties, draw(9, 9)):
+        check_runtime("TopK", x, whole(4), axis=axis, largest=largest, outputs=2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("indices", [whole(-1, 0), np.array(1), np.array([[0, -1], [1, 1]])])
 def test_a_gather_counts_from_either_end(axis, indices):
     check("Gather", P, indices, axis=axis)

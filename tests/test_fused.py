@@ -342,7 +342,6 @@ def test_a_graph_that_takes_floats_is_not_the_one_that_takes_pixels(made):
         ({"preprocess.input_order": "bgr"}, "input_order is that of pixels that an artefact", None),
         ({"preprocess.fuse": "hwc"}, "'hwc' is not allowed", "nhwc"),
         ({"preprocess.input_order": "gbr"}, "'gbr' is not allowed", "bgr"),
-        ({"postprocess.top_k": 5}, "postprocess: unknown key 'top_k'", "softmax"),
         ({"postprocess.softmax": "yes"}, "postprocess.softmax", None),
     ],
 )  # fmt: skip

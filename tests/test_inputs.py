@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 import exporter
 from exporter import load_factory
 from exporter.bench import bench_bundles
+from exporter.bench import candidates as bench_candidates
 from exporter.cli import main
 from exporter.contracts import inputs_of
 from exporter.errors import InputRefused
@@ -23,7 +24,8 @@ from exporter.packing import pack, unpack
 from exporter.plugins import load_runtime
 from exporter.profile import load_profile
 from exporter.recheck import check_bundle, load_factory_of
-from exporter.records import BatchRange, TensorSpec
+from exporter.records import BatchRange, BenchAsked, TensorSpec
+from exporter.runtimes._ort import OrtSession
 from exporter.to_onnx import export_onnx
 from exporter.worst_case import Search
 
@@ -173,8 +175,6 @@ def test_a_bundle_is_judged_on_arrays_by_the_inputs_names(name, shapes, data, tm
     for case in checked.worst_cases:
         worst = np.load(out / case.file)
         assert {key: worst[key].shape[1:] for key in worst} == shapes
-    with refused(InputRefused, "takes several inputs", hint=("report.md",)):
-        bench_bundles([out], models=[model])
 
 
 def test_accuracy_is_that_of_pytorch_on_the_labels_beside_the_inputs(data, tmp_path):
@@ -189,6 +189,39 @@ def test_accuracy_is_that_of_pytorch_on_the_labels_beside_the_inputs(data, tmp_p
     right = (outputs.argmax(1).numpy() == given["labels"]).sum()
     assert 0 <= found.reference_correct <= right
     assert report.data.samples == 48
+
+
+def test_a_bundle_is_timed_on_the_arrays_that_it_was_judged_on(data, tmp_path, monkeypatch):
+    model, out = load("pair", PAIR), tmp_path / "out"
+    file = data / "pair.npz"
+    asked = profile(**{"data.held_out": 0.5}).only(("fp32", "int8"))
+    exporter.run(model, asked, out, weights="factory", data=file)
+    given = dict(np.load(file))
+    held_out = bench_candidates.read_bundles([out], [None], file)[0].held_out
+    fed: list[dict[str, np.ndarray]] = []
+    bound = OrtSession.bind
+    monkeypatch.setattr(OrtSession, "bind", lambda s, feed: fed.append(feed) or bound(s, feed))
+    wanted = BenchAsked(runtimes=("ort-cpu",), batches=(1, 3), runs=4, loads=1)
+    report = bench_bundles([out], wanted, data=file)
+    assert [one.name for one in report.timed] == ["fp32 on ort-cpu", "int8 on ort-cpu"]
+    assert {tuple((k, v.shape[1:]) for k, v in feed.items()) for feed in fed} == {
+        (("picture", (1, 16, 16)), ("flow", (2, 6, 6)))
+    }
+    rows = {row.tobytes() for row in pack([given["picture"], given["flow"]])}
+    assert {row.tobytes() for feed in fed for row in pack(list(feed.values()))} <= rows
+    parts = unpack(held_out.inputs, inputs_of(model))
+    for one in report.timed:
+        session = ort.InferenceSession(out / one.file, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, parts)
+        assert one.checked.correct == int((found.argmax(axis=1) == held_out.labels).sum())
+        assert (one.checked.outputs, one.checked.accuracy) == ("pass", "pass")
+    assert {len(one.samples_ms) for one in report.latency} == {4}
+    with refused(InputRefused, "samples of one input, and the network takes 2", hint=("--data",)):
+        bench_bundles([out], wanted)
+    swapped = {**given, "flow": given["flow"][::-1]}
+    np.savez(tmp_path / "swapped.npz", **swapped)
+    with refused(InputRefused, "the bundle was judged on", hint=("--data",)):
+        bench_bundles([out], wanted, data=tmp_path / "swapped.npz")
 
 
 def test_a_safetensors_file_and_code_give_the_same_samples_as_an_npz(data, tmp_path):

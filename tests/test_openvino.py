@@ -12,6 +12,7 @@ import torch
 from conftest import refused
 from onnx import TensorProto, helper, numpy_helper
 from test_fused import judged_on_pixels
+from test_topk import judged_on_top_k
 
 from exporter import plugins
 from exporter.calibration import calibrate
@@ -397,6 +398,11 @@ def test_without_the_package_it_is_missing_and_says_so(monkeypatch, tiny_onnx):
 @needed
 def test_pixels_are_normalised_in_the_graph(tmp_path):
     judged_on_pixels(tmp_path, "openvino")
+
+
+@needed
+def test_the_largest_scores_come_with_their_labels(tmp_path):
+    judged_on_top_k(tmp_path, "openvino")
 
 
 @needed

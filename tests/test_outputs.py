@@ -315,11 +315,16 @@ def test_a_bundle_of_other_outputs_is_refused(tmp_path):
         check_bundle(tmp_path / "out", model=other, weights="factory")
 
 
-def test_a_search_for_layers_to_keep_needs_one_classification(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "gives"),
+    [("Pyramid", "'p1' N×4×8×8, 'p2' N×4×4×4"), ("InTuple", "'output_0' N×10, 'output_1' N×4")],
+)
+def test_a_budget_of_accuracy_alone_would_leave_an_output_without_a_bound(name, gives, tmp_path):
     out, budget = tmp_path / "out", exporter.Budget(max_drop=0.01)
-    said = ("gives 'p1' N×4×8×8, 'p2'", "one output (N, classes)")
-    with refused(InputRefused, *said, hint=("keep",)):
-        tune_model(load("Pyramid"), profile("Pyramid", ALL), out, budget, weights="factory")
+    said = (f"gives {gives}, and a drop in accuracy is of one output (N, classes) alone",)
+    with refused(InputRefused, *said, hint=("--min-sqnr",)):
+        tune_model(load(name), profile(name, ALL), out, budget, weights="factory")
+    assert not out.exists()
 
 
 def test_labels_of_data_are_left_alone_where_no_output_has_classes(tmp_path: Path):

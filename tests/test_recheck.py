@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TinyModel, refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import exporter
 from exporter import recheck
@@ -32,6 +32,14 @@ IMAGES = digits((1, 32, 32), "train").inputs[:32]
 ONNX = [f"tinymodel.{precision}.onnx" for precision in ("fp32", "fp16", "int8")]
 RAN = ["fp32 on ort-cpu", "fp16 on ort-cpu", "int8 on ort-cpu"]
 FREE = {"sqnr_db": 5.0}
+QUICK = {
+    "timing.warmup": 0,
+    "timing.settle_ms": 0.0,
+    "timing.pytorch_threads": 1,
+    "runtime.ort-cpu.threads": 1,
+    "parity.random": 8,
+    "runtime.tensorrt-rtx.targets": ["sm86"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +60,7 @@ def bundle(tiny_model, weights) -> Path:
         {
             "batch.max": 8,
             "timing.runs": 2,
-            "timing.warmup": 0,
-            "timing.settle_ms": 0.0,
-            "timing.pytorch_threads": 1,
-            "runtime.ort-cpu.threads": 1,
-            "parity.random": 8,
-            "runtime.tensorrt-rtx.targets": ["sm86"],
+            **QUICK,
             **{
                 f"precision.{name}.{key}": FREE
                 for name in ("fp32", "fp16", "int8")
@@ -407,6 +410,38 @@ def test_other_weights_than_the_bundle_was_made_from_are_refused(check, copied):
         hint=("--weights",),
     ):
         check(copied, weights=None)
+
+
+def test_a_bundle_of_averaged_weights_says_which_and_is_checked_against_those_alone(
+    tiny_model, tiny_module, weights, tmp_path
+):
+    trained, averaged = tiny_module.float().state_dict(), load_file(weights)
+    quick = {key: value for key, value in QUICK.items() if "tensorrt" not in key}
+    file = tmp_path / "last.pth"
+    torch.save({"epoch": 9, "state_dict": trained, "state_dict_ema": averaged}, file)
+    profile = load_profile("cpu", quick).only(("fp32",))
+    out = tmp_path / "out"
+    with refused(InputRefused, "are in it 2 times", hint=("--weights-key, 'state_dict' or ",)):
+        exporter.run(tiny_model, profile, out, weights=file)
+    asked = exporter.WeightsFile(file, "state_dict_ema")
+    source = exporter.run(tiny_model, profile, out, weights=asked).source
+    assert source.weights_key == "state_dict_ema"
+    said = "'state_dict_ema' was asked for, and not 'state_dict', which would fit as well"
+    assert source.weights_changes[0] == said
+    said = said.replace("_", r"\_")
+    assert f"- weights: {said}\n" in (out / "report.md").read_text("utf-8")
+    graph = onnx.load(out / "tinymodel.fp32.onnx").graph
+    held = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    (bias,) = (value for value in held.values() if value.shape == (10,))
+    assert np.array_equal(bias, averaged["block4.2.bias"].numpy())
+    assert not np.array_equal(bias, trained["block4.2.bias"].numpy())
+    assert check_bundle(out, model=tiny_model, weights=asked).rungs[1].fidelity.verdict == "pass"
+    with refused(
+        InputRefused,
+        "from the weights by the key 'state_dict_ema', and this would be from 'state_dict'",
+        hint=("give --weights-key 'state_dict_ema'",),
+    ):
+        check_bundle(out, model=tiny_model, weights=asked._replace(key="state_dict"))
 
 
 @pytest.mark.parametrize("other", [None, IMAGES * np.float32(0.5), IMAGES[::-1]])

@@ -34,8 +34,9 @@ from exporter.errors import (
     UnknownName,
 )
 from exporter.fold import fold_batchnorm
+from exporter.parity import compare_outputs
 from exporter.profile import Profile, load_profile
-from exporter.records import Budget, Latency, TuneReport
+from exporter.records import Budget, Candidate, Latency, TuneReport
 from exporter.renderers import pareto
 from exporter.runtimes.ort_cpu import OrtCpu
 from exporter.samples import digits
@@ -225,6 +226,63 @@ def test_a_sensitivity_is_what_pytorch_gives_with_that_layers_weights_rounded(
         assert sensitivity.rel_l2 == pytest.approx(error, rel=0.01), sensitivity.layer
 
 
+def test_of_several_outputs_the_one_that_loses_most_decides(planted, monkeypatch, tmp_path):
+    monkeypatch.setitem(LEVELS, "lateral", 1)  # of the map p1 alone
+    model = exporter.load_factory("several:make", {"name": "Pyramid"}, input_shape=(1, 16, 16))
+    asked = load_profile("default", {**QUICK, "model.args.name": "Pyramid"}).only(("fp32", "int8"))
+
+    def searched(min_sqnr: float) -> TuneReport:
+        budget = Budget(objective="size", min_sqnr=min_sqnr)
+        options = {"weights": "factory", "validation": 40}
+        return tune_model(model, asked, tmp_path / "tune", budget, **options)
+
+    first = searched(1.0)
+    training = digits((1, 16, 16), "train").inputs
+    order = np.random.RandomState(0).permutation(len(training))
+    inputs = torch.from_numpy(training[order[16:][:FEW]]).double()
+    for sensitivity in first.sensitivities:
+        folded = fold_batchnorm(model.module()).module.double()
+        with torch.inference_mode():
+            want = folded(inputs)
+            layer = folded.get_submodule(sensitivity.layer)
+            values, scale = rounded(layer.weight.numpy().astype(np.float32), sensitivity.layer)
+            layer.weight.data = torch.from_numpy(values).double() * float(scale)
+            got = folded(inputs)
+        errors = {key: float((got[key] - want[key]).norm() / want[key].norm()) for key in want}
+        assert sensitivity.rel_l2 == pytest.approx(max(errors.values()), rel=0.01)
+        assert sensitivity.output == max(errors, key=errors.__getitem__)
+    floor = sqnr(first, "int8 keeping 1 light") - 0.5
+    none = next(c for c in first.candidates if c.name == "int8 keeping none")
+    by_output = {parity.output: parity.sqnr_db for parity in none.parity}
+    assert none.sqnr_db == by_output["p1"] < floor < by_output["p2"]
+    report = searched(floor)
+    assert report.chosen.keep == ("lateral",)
+    assert [parity.output for parity in report.confirmation] == ["p1", "p2"]
+    assert all(parity.tolerance.sqnr_db == floor for parity in report.confirmation)
+    assert report.verdict == "pass"
+    page = (tmp_path / "tune/tune.md").read_text("utf-8")
+    assert "the budget speaks of 'p1' and 'p2' alike" in page
+    assert f"| {none.name} | {none.sqnr_db:.1f} dB, p1 |" in page
+    assert load_profile(tmp_path / "tune/tuned.toml").precision["int8"].options["keep"] == [
+        "lateral"
+    ]
+
+
+def test_one_output_beyond_the_budget_misses_it_on_the_evaluation_samples_too():
+    good, bad = (
+        compare_outputs(np.eye(4), np.eye(4) * (1 + error), inputs="samples", output=name)
+        for name, error in (("near", 1e-3), ("far", 1e-1))
+    )
+    found = Candidate("one", "int8", (), parity=(good, bad))
+    assert (found.worst.output, round(found.sqnr_db)) == ("far", 20)
+    assert found.is_good_enough(Budget(min_sqnr=19.0))
+    assert not found.is_good_enough(Budget(min_sqnr=21.0))
+    lost = msgspec.structs.replace(good, output="gone", rel_l2=None, nonfinite_candidate=1)
+    found = Candidate("two", "int8", (), parity=(bad, lost))
+    assert (found.worst.output, found.sqnr_db) == ("gone", None)
+    assert not found.is_good_enough(Budget(min_sqnr=0.1))
+
+
 def validation_inputs(*, calibrated: int) -> np.ndarray:
     """The training digits behind those that calibration draws."""
     training = digits(TinyModel.input.shape, "train").inputs
@@ -255,7 +313,7 @@ def test_what_a_candidate_shows_is_recomputed_from_its_graph(found, weights):
         run = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
         got = run.run(None, {"input": inputs})[0].astype(np.float64)
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
-        assert candidate.parity.samples == 40
+        assert [parity.samples for parity in candidate.parity] == [40]
         assert candidate.sqnr_db == pytest.approx(-20 * np.log10(error), abs=0.5)
 
 
@@ -273,7 +331,7 @@ def test_a_budget_that_nothing_keeps_is_said_with_the_nearest_and_no_profile_is_
     assert (tmp_path / "tune/tuned.toml").is_file()
     report = search(objective="size", min_sqnr=300.0)
     assert (report.verdict, report.choice, report.nearest) == ("fail", None, "fp32")
-    assert report.confirmation is None
+    assert report.confirmation == ()
     assert not (tmp_path / "tune/tuned.toml").exists()
     page = (tmp_path / "tune/tune.md").read_text("utf-8")
     assert page.startswith("# tinymodel, tuned: FAIL\n")
@@ -283,8 +341,8 @@ def test_a_budget_that_nothing_keeps_is_said_with_the_nearest_and_no_profile_is_
 
 def test_a_drop_that_the_samples_are_too_few_for_says_how_many_would_do(planted, search):
     report = search(objective="size", max_drop=0.002, profile=only("fp32", "int8"))
-    chosen, found = report.chosen, report.confirmation
-    assert chosen.parity.accuracy_drop <= 0.002
+    chosen, (found,) = report.chosen, report.confirmation
+    assert chosen.accuracy_drop <= 0.002
     assert found.samples == 360
     if not (found.lost or found.gained):
         assert report.verdict == "not enough evidence"
@@ -457,6 +515,16 @@ def test_the_profile_of_a_float_choice_has_that_precision_alone(planted, search,
     assert report.choice == "fp32"
     again = load_profile(tmp_path / "tune/tuned.toml")
     assert again == only("fp32")
+
+
+def test_a_search_is_by_the_scores_with_a_top_k_or_without(planted, search, tmp_path):
+    ranked = load_profile("default", {**QUICK, "postprocess.top_k": 3}).only(("fp32", "int8"))
+    with_it = search("ranked", profile=ranked, objective="size", min_sqnr=1.0)
+    without = search(profile=only("fp32", "int8"), objective="size", min_sqnr=1.0)
+    assert [(c.name, c.parity) for c in with_it.candidates] == [
+        (c.name, c.parity) for c in without.candidates
+    ]
+    assert load_profile(tmp_path / "ranked/tuned.toml").postprocess.top_k == 3
 
 
 def test_layers_that_the_profile_keeps_stay_kept_and_are_not_searched(planted, search):

@@ -34,7 +34,7 @@ def candidate(
     got[:lost] = got[:lost, ::-1]
     parity = compare_outputs(want, got, inputs="the samples", labels=labels)
     file = File(f"candidates/{name}.onnx", "0" * 64, round(mb * 1e6))
-    return Candidate(name, "int8", keep, file, (), parity, timed(name, *ms))
+    return Candidate(name, "int8", keep, file, (), (parity,), timed(name, *ms))
 
 
 def chosen(candidates: list[Candidate], **budget: float | str) -> str | None:

@@ -342,25 +342,110 @@ def test_the_names_of_torchvisions_older_densenet_are_brought_up_to_date():
 
 
 @pytest.mark.parametrize(
-    ("held", "words"),
+    ("held", "words", "hint"),
     [
         (
             {"state_dict": under(""), "state_dict_ema": under("")},
             "2 times: taken from its ['state_dict']; or taken from its ['state_dict_ema']",
+            "say which are meant with --weights-key, 'state_dict' or 'state_dict_ema'",
         ),
         (
             {**under("model."), **under("ema.")},
             "2 times: 'model.' taken off 9 names; or 'ema.' taken off 9 names",
+            "--weights-key, 'model' or 'ema'",
         ),
         (
             {**under(""), "ema": under("module.")},
             "2 times: as they are; or taken from its ['ema'], ",
+            "--weights-key, '.' or 'ema.module'",
+        ),
+        (
+            {"ema.module": under(""), "ema": {"module": under("")}},
+            "2 times: taken from its ['ema.module']; or taken from its ['ema']['module']",
+            "save the ones that are meant alone",
         ),
     ],
 )
-def test_weights_that_are_in_a_file_twice_are_refused_with_where(held, words):
-    with refused(InputRefused, "net.pth: this network's weights are in it", words, hint=("alone",)):
+def test_weights_that_are_in_a_file_twice_are_refused_with_where_and_their_keys(held, words, hint):
+    with refused(InputRefused, "net.pth: this network's weights are in it", words, hint=(hint,)):
         fit(held)
+
+
+def of_seed(seed: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in state(seed).items()}
+
+
+TIMM = {"state_dict": of_seed(1), "state_dict_ema": of_seed(2), "epoch": ONE}
+TORCHVISION = {
+    "model": of_seed(1),
+    "model_ema": of_seed(2, "module.") | {"n_averaged": ONE},
+    "optimizer": {"state": {"0": {"momentum_buffer": ONE}}},
+}
+FLAT = {**of_seed(1, "model."), **of_seed(2, "ema.")}
+BESIDE = {**of_seed(1), "ema": of_seed(2, "module.")}
+NESTED = {"ema": {**of_seed(2), "module": of_seed(1)}}
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "seed", "key", "others"),
+    [
+        (TIMM, "state_dict", 1, "state_dict", "'state_dict_ema'"),
+        (TIMM, "state_dict_ema", 2, "state_dict_ema", "'state_dict'"),
+        (TORCHVISION, "model", 1, "model", "'model_ema.module'"),
+        (TORCHVISION, "model_ema", 2, "model_ema.module", "'model'"),
+        (TORCHVISION, "model_ema.module", 2, "model_ema.module", "'model'"),
+        (FLAT, "model", 1, "model", "'ema'"),
+        (FLAT, "ema", 2, "ema", "'model'"),
+        (BESIDE, ".", 1, ".", "'ema.module'"),
+        (BESIDE, "ema", 2, "ema.module", "'.'"),
+        (NESTED, "ema", 2, "ema", "'ema.module'"),
+        (NESTED, "ema.module", 1, "ema.module", "'ema'"),
+    ],
+)
+def test_of_weights_that_are_there_twice_those_by_the_key_are_taken_and_the_others_named(
+    held, asked, seed, key, others
+):
+    module = network()
+    loaded = fit_weights(module, Checkpoint("net.pth", "12" * 32, "a file", flat(held)), key=asked)
+    assert all(torch.equal(v, state(seed)[k]) for k, v in module.state_dict().items())
+    assert loaded.key == key
+    assert loaded.changes[0] == (
+        f"'{key}' was asked for, and not {others}, which would fit as well"
+    )
+
+
+def test_a_key_of_the_only_weights_is_no_mistake():
+    module = network()
+    held = Checkpoint("net.pth", "12" * 32, "a file", flat({"ema": of_seed(2)}))
+    loaded = fit_weights(module, held, key="ema")
+    assert (loaded.key, loaded.changes[0]) == ("ema", "'ema' was asked for")
+    assert torch.equal(module[0].weight, state(2)["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("held", "key", "words", "hint"),
+    [
+        (TIMM, "ema", "have the key 'ema', only 'state_dict', 'state_dict_ema', '.'", None),
+        (TIMM, "state_dict_em", "have the key 'state_dict_em', only", "mean 'state_dict_ema'?"),
+        (TIMM, "", "have the key '', only", None),
+        (FLAT, "ema.", "have the key 'ema.', only 'model', 'ema', '.'", "mean 'ema'?"),
+        (TORCHVISION, "optimizer", "it lacks '0.weight'", None),
+        (
+            {"ema": {"a": of_seed(1), "b": of_seed(2)}, "model": of_seed(3)},
+            "ema",
+            "2 times by the key 'ema': taken from its ['ema']['a']; or taken",
+            "'ema.a' or 'ema.b'",
+        ),
+    ],
+)
+def test_a_key_that_names_no_weights_or_several_is_refused_with_those_there_are(
+    held, key, words, hint
+):
+    module = network()
+    said = None if hint is None else (hint,)
+    with refused(InputRefused, "net.pth: ", words, hint=said):
+        fit_weights(module, Checkpoint("net.pth", "12" * 32, "a file", flat(held)), key=key)
+    assert torch.equal(module[0].weight, network()[0].weight)
 
 
 @pytest.mark.parametrize(

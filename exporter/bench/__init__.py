@@ -262,4 +262,4 @@ class _Bench:
 
     def _feeds(self, candidate: Candidate, size: int) -> list[Feed]:
         bundle = candidate.bundle
-        return varied(bundle.held_out.inputs, bundle.report.source.input.name, size=size)
+        return varied(bundle.held_out.inputs, bundle.report.source.inputs, size=size)

@@ -14,6 +14,7 @@ from exporter.contracts import Model, Runtime, classification
 from exporter.data import Data, open_data
 from exporter.errors import BuildError, InputRefused, OutOfMemory, RuntimeMissing, with_hint
 from exporter.onnx_files import check_onnx
+from exporter.packing import packed_shape
 from exporter.plugins import load_model, load_runtime, options_of
 from exporter.profile import Profile, load_profile
 from exporter.records import (
@@ -32,7 +33,7 @@ from exporter.shipped import check_data, intact_file, read_bundle
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that was read, and the held-out samples of its network in its input's shape."""
+    """A bundle that was read, and the held-out samples of its network as it takes them."""
 
     label: str
     folder: Path
@@ -50,13 +51,6 @@ class Bundle:
         manifest, report = read_bundle(folder)
         intact_file(manifest, "report.json", folder)
         profile = load_profile(folder / intact_file(manifest, "profile.toml", folder).name)
-        if report.source.more_inputs:
-            names = ", ".join(spec.name for spec in report.source.inputs)
-            raise InputRefused(
-                f"{label}: its network takes several inputs ({names}), and bundles of one input "
-                "are timed so far",
-                hint="the export itself times every artefact; its report.md has the table",
-            )
         held_out = _held_out(report, profile, _own_data(report, model, profile), data)
         return cls(label, folder, manifest, report, profile, held_out)
 
@@ -75,8 +69,10 @@ def _held_out(report: Report, profile: Profile, own: str, data: Data | None) -> 
 
 def _own_data(report: Report, model: Model | None, profile: Profile) -> str:
     """Return the name of the network's samples; code that made it is not needed for that."""
-    shape = profile.preprocess.channels_first(report.source.input.shape)
     source = report.source
+    shape = profile.preprocess.channels_first(source.input.shape)
+    if source.more_inputs:
+        return samples.NO_DATA
     if model is None and (source.factory or source.given or source.file):
         return samples.fitting(shape[0])
     return (model or load_model(report.source.model, input_shape=shape)).data
@@ -217,7 +213,14 @@ def _file(
     source = bundle.report.source
     path = bundle.folder / intact_file(bundle.manifest, variant.file.name, bundle.folder).name
     check_onnx(path, runs=True)
-    model = OnnxModel(path, variant.precision, source.input, source.output, bundle.profile.batch)
+    model = OnnxModel(
+        path,
+        variant.precision,
+        source.input,
+        source.output,
+        bundle.profile.batch,
+        source.more_inputs,
+    )
     built = runtime.build(model, scratch)
     return built, File.of(built, built.parent)
 
@@ -257,7 +260,7 @@ def _check_batch(title: str, profile: Profile, asked: BenchAsked) -> None:
 
 def check_memory(bundles: Sequence[Bundle], batches: Sequence[int]) -> None:
     """Raise `OutOfMemory` if the batches alone would not fit."""
-    sample = sum(prod(bundle.report.source.input.shape) for bundle in bundles)
+    sample = sum(prod(packed_shape(bundle.report.source.inputs)) for bundle in bundles)
     needed = 4 * samples.VARIED * sum(batches) * sample
     what = f"{samples.VARIED} batches of {', '.join(map(str, batches))} samples"
     _check_memory(needed, what, "lower --batch")

@@ -72,7 +72,7 @@ def untimed(candidate: Candidate, session: Session, batches: Sequence[Feed]) -> 
     """Return the outputs of each batch. Raises `InputRefused` if the model does not take it."""
     import numpy as np
 
-    names = [spec.name for spec in candidate.bundle.report.source.outputs]
+    names = [spec.name for spec in candidate.bundle.report.source.graph_outputs]
     found: list[Outputs] = []
     with _taking(candidate, batches[0]):
         for feed in batches:
@@ -97,12 +97,14 @@ def check_accuracy(candidate: Candidate, session: Session) -> Checked:
     if recorded is None or recorded.lost is None or recorded.gained is None:
         return Checked()
     assert recorded.reference_correct is not None  # it has labels
+    top = source.top_k
     outputs = collect_outputs(
         session,
-        feeds(bundle.held_out.inputs, source.input.name, size=bundle.profile.batch.opt),
-        recorded.output or source.output.name,
+        feeds(bundle.held_out.inputs, source.inputs, size=bundle.profile.batch.opt),
+        top.labels.name if top else recorded.output or source.output.name,
         samples=recorded.samples,
     )
-    correct = int((outputs.argmax(axis=1) == bundle.held_out.labels).sum())
+    first = outputs[:, 0] if top else outputs.argmax(axis=1)
+    correct = int((first == bundle.held_out.labels).sum())
     before = recorded.reference_correct - recorded.lost + recorded.gained
     return Checked(correct=correct, recorded=before, samples=recorded.samples)

@@ -14,6 +14,7 @@ from exporter.initial import INITIAL, Initial
 
 if TYPE_CHECKING:
     from exporter.factories import FactoryModel
+    from exporter.weights import AskedWeights
 
 
 InputShape: TypeAlias = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
@@ -86,6 +87,12 @@ weights_option = click.option(
     help="A safetensors file, or a .pth of a state dict; random: untrained values, from a seed; "
     "factory: those that the factory made. Default: what ships with the network.",
 )
+weights_key_option = click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Which of the weights in that file, where it has them more than once, say ema or "
+    "state_dict_ema.",
+)
 classes_option = click.option(
     "--classes", type=click.IntRange(1), help="Outputs, of networks that can have any number."
 )
@@ -121,13 +128,26 @@ def start_of(asked: dict[str, Any], args: dict[str, Any]) -> str | FactoryModel 
     if asked["onnx"] is None:
         return network_of(asked["model"], args, asked["input_shape"])
     source = click.get_current_context().get_parameter_source
-    for option in ("model", "weights", "classes"):
-        if source(option) is click.core.ParameterSource.COMMANDLINE:
+    for option in ("model", "weights", "weights-key", "classes"):
+        if source(option.replace("-", "_")) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(
                 f"--onnx is the network and its weights in one: leave out --{option}"
             )
     path: Path = asked["onnx"]
     return path
+
+
+def weights_of(given: Path | Initial | None, key: str | None) -> AskedWeights | None:
+    """Return what ``--weights`` gave, with the key of those in the file that are meant."""
+    if key is None:
+        return given
+    if not isinstance(given, Path):
+        raise click.UsageError(
+            "--weights-key is of the weights in a file: name that with --weights"
+        )
+    from exporter.weights import WeightsFile
+
+    return WeightsFile(given, key)
 
 
 def network_of(model: str, args: dict[str, Any], input_shape: InputShape) -> str | FactoryModel:

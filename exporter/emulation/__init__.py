@@ -257,14 +257,18 @@ def emulate(
     arithmetic: Arithmetic,
     *,
     seed: int = 0,
+    watch: Sequence[str] = (),
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Array]:
-    """Return every output for all feeds in turn, (samples, values) float64, by name."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in emulator.outputs}
+    """Return every output for all feeds in turn, (samples, values) float64, by name.
+
+    Or the tensors to ``watch`` in place of the outputs.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in watch or emulator.outputs}
     with torch.inference_mode():
         for number, feed in enumerate(feeds):
             tensors = {name: torch.from_numpy(value).double() for name, value in feed.items()}
-            got = emulator.run(tensors, arithmetic, seed=seed + number)
+            got = emulator.run(tensors, arithmetic, seed=seed + number, watch=watch)
             for name, found in parts.items():
                 found.append(got[name].reshape(len(got[name]), -1))
             advance()

@@ -296,6 +296,13 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
     return torch.split(x, each, dim=axis)
 
 
+def _top_k(a: Attributes, x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Return the k largest or smallest in order, of equal ones the first; sorted in any case."""
+    axis, (count,) = a.get("axis", -1), k.tolist()
+    values, indices = x.sort(dim=axis, descending=bool(a.get("largest", 1)), stable=True)
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+
+
 def _slice(
     _: Attributes,
     x: Tensor,
@@ -531,6 +538,7 @@ OPERATORS: dict[str, Operator] = {
     "Tanh": _plain(torch.tanh),
     "ThresholdedRelu": _threshold,
     "Tile": lambda _, x, counts: x.repeat(counts.tolist()),
+    "TopK": _top_k,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _plain(torch.where),

@@ -78,7 +78,7 @@ EXACT = frozenset({
     "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "MaxPool", "Min", "Neg",
     "Not", "Or", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Round",
     "Shape", "Sign", "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "ThresholdedRelu", "Tile",
-    "Transpose", "Unsqueeze", "Where",
+    "TopK", "Transpose", "Unsqueeze", "Where",
 })
 FUNCTIONS = frozenset({
     "Celu", "Cos", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LRN", "Log",

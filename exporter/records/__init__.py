@@ -17,6 +17,7 @@ from exporter.records.asked import (
     TensorSpec,
     Timing,
     Tolerance,
+    TopK,
 )
 from exporter.records.base import (
     SCHEMA,
@@ -64,7 +65,7 @@ from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Part, Report, Source, Stage, Variant
 from exporter.records.roofline import Bandwidth, Ceilings, Kernel, Roofline
-from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport
+from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport, worst_of
 from exporter.records.worth import Comparison, Recommendation
 
 __all__ = [
@@ -142,6 +143,7 @@ __all__ = [
     "Timed",
     "Timing",
     "Tolerance",
+    "TopK",
     "Trial",
     "TuneReport",
     "Unfit",
@@ -151,4 +153,5 @@ __all__ = [
     "rank",
     "whole",
     "worst",
+    "worst_of",
 ]

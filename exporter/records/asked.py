@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar
 
 from exporter.records.base import MOST_THREADS, Asked, Found, Range, Ranges
@@ -26,6 +27,31 @@ class TensorSpec(Found, frozen=True):
     def has_classes(self) -> bool:
         """Return whether a sample's values may be those of classes: they lie along one axis."""
         return len(self.shape) == 1
+
+
+class TopK(Found, frozen=True):
+    """The k largest of a network's scores, (N, classes), in place of which a graph gives them.
+
+    ``values`` are the scores, (N, k), the largest first, and ``labels`` their classes, (N, k).
+    """
+
+    scores: TensorSpec
+    k: int
+
+    @property
+    def values(self) -> TensorSpec:
+        return TensorSpec(f"{self.scores.name}_values", (self.k,))
+
+    @property
+    def labels(self) -> TensorSpec:
+        return TensorSpec(f"{self.scores.name}_labels", (self.k,), "int64")
+
+    def instead(self, outputs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """Return what a graph gives where the network gives ``outputs``."""
+        own = (self.values, self.labels)
+        return tuple(
+            found for spec in outputs for found in (own if spec == self.scores else (spec,))
+        )
 
 
 class BatchRange(Asked, frozen=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
-from exporter.records.base import Asked, Found
+from exporter.records.base import Asked, Found, Range, Ranges
 
 Order = Literal["rgb", "bgr"]
 Resampling = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -80,9 +80,15 @@ class Preprocess(Asked, frozen=True, omit_defaults=True):
 
 
 class Postprocess(Asked, frozen=True, omit_defaults=True):
-    """What is done in the graph to the network's scores, (N, classes): a softmax over classes."""
+    """What is done in the graph to the network's scores, (N, classes).
+
+    ``softmax`` is over classes; ``top_k`` gives the so many largest, behind it, and their labels.
+    """
 
     softmax: bool = False
+    top_k: int | None = None
+
+    RANGES: ClassVar[Ranges] = {"top_k": Range(1, 3840)}  # TensorRT's limit
 
 
 class DataChoice(Asked, frozen=True, omit_defaults=True):

@@ -33,6 +33,9 @@ class Parity(Found, frozen=True):
     ``classes`` and ``labels`` count the different t and the different labels; ``constant`` names
     a side whose output is the same for every sample.
 
+    Where the candidate gives the largest scores alone, r and y are what their places have
+    (`exporter.topk`), and there is no margin.
+
     Figures are None where a value is not finite or where there is nothing to compute them from, as
     those of classes are for a tensor that is no classification, whose ``classes`` are 0. ``output``
     is None for a network's only one.

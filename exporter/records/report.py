@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias, get_args
 
 from exporter.errors import ParityError
-from exporter.records.asked import TensorSpec
+from exporter.records.asked import TensorSpec, TopK
 from exporter.records.base import Found, Verdict, whole, worst
 from exporter.records.calibration import Convergence
 from exporter.records.cost import Cost
@@ -128,7 +128,9 @@ class Source(Found, frozen=True):
     ``weights`` is the file's name without its folder, or what is taken in place of one,
     ``weights_sha256`` of the file or of those values, ``weights_format`` what kind of file it is,
     and whether that has a checksum; ``weights_changes`` are what its names had taken off or changed
-    to be the network's, one clause each. ``factory`` is the code that made the network, and
+    to be the network's, one clause each, and ``weights_key`` the key in full of those that were
+    asked for, of several in the file. ``top_k`` is what artefacts give in place of the scores.
+    ``factory`` is the code that made the network, and
     ``given`` the class of the module that a program gave; both are None for a built-in one.
     ``file`` is the name of the ONNX file that was started from, None for a network in PyTorch; with
     it the weights are those in it, and the changes what was done to read it. ``more_outputs`` and
@@ -149,6 +151,8 @@ class Source(Found, frozen=True):
     more_outputs: tuple[TensorSpec, ...] = ()
     more_inputs: tuple[TensorSpec, ...] = ()
     file: str | None = None
+    weights_key: str | None = None
+    top_k: TopK | None = None
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -157,6 +161,11 @@ class Source(Found, frozen=True):
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return (self.output, *self.more_outputs)
+
+    @property
+    def graph_outputs(self) -> tuple[TensorSpec, ...]:
+        """Return what the artefacts give: the outputs, or the largest scores in place of them."""
+        return self.outputs if self.top_k is None else self.top_k.instead(self.outputs)
 
     @property
     def reference(self) -> str:

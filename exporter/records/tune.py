@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 from exporter.records.asked import Tolerance
-from exporter.records.base import Asked, Found, Verdict
+from exporter.records.base import Asked, Found, Verdict, whole
 from exporter.records.latency import Latency
 from exporter.records.made import File
 from exporter.records.quality import Parity
@@ -18,8 +19,9 @@ Objective: TypeAlias = Literal["latency", "size", "sqnr"]
 class Budget(Asked, frozen=True):
     """What a mixture may cost, and what is to be best within that.
 
-    ``max_drop`` is the largest drop in accuracy, as a share of all samples there could be, and
-    ``min_sqnr`` the least SQNR of the outputs in dB; ``max_latency`` is in ms for one batch of the
+    ``max_drop`` is the largest drop in accuracy, as a share of all samples there could be, of a
+    network whose one output is a classification, and ``min_sqnr`` the least SQNR in dB of every
+    output, so that the worst counts; ``max_latency`` is in ms for one batch of the
     first size that the profile times, ``max_size`` in MB (10⁶ bytes) of the ONNX file.
     """
 
@@ -69,15 +71,16 @@ class Budget(Asked, frozen=True):
 
 
 class Sensitivity(Found, frozen=True):
-    """What quantising one layer alone does to the outputs: ‖y − r‖ / ‖r‖, r those of FP32.
+    """What quantising one layer alone does to an output: ‖y − r‖ / ‖r‖, r that of FP32.
 
-    ``rel_l2`` is None where the outputs are not finite, or the layer cannot be quantised at all,
-    for which ``refused`` has the reason.
+    Of several it is ``output``, the one that loses most. ``rel_l2`` is None where an output is not
+    finite, or the layer cannot be quantised at all, for which ``refused`` has the reason.
     """
 
     layer: str
     rel_l2: float | None
     refused: str | None = None
+    output: str | None = None
 
     @property
     def sqnr_db(self) -> float | None:
@@ -89,6 +92,7 @@ class Sensitivity(Found, frozen=True):
 class Candidate(Found, frozen=True):
     """One graph that was made, run on the validation samples, and timed.
 
+    ``parity`` is of each output, and empty where it was not run; of several the worst counts.
     ``keep`` has all layers that its precision's option of that name holds, None for a precision
     that is as the profile has it. ``same_as`` names an earlier candidate whose graph it is, node
     for node, so that it was not measured again; ``refused`` says why it could not be made or run.
@@ -99,7 +103,7 @@ class Candidate(Found, frozen=True):
     keep: tuple[str, ...] | None
     file: File | None = None
     notes: tuple[str, ...] = ()
-    parity: Parity | None = None
+    parity: tuple[Parity, ...] = ()
     latency: Latency | None = None
     same_as: str | None = None
     refused: str | None = None
@@ -109,15 +113,25 @@ class Candidate(Found, frozen=True):
         return self.file.size / 1e6 if self.file else math.inf
 
     @property
+    def worst(self) -> Parity | None:
+        return worst_of(self.parity)
+
+    @property
     def sqnr_db(self) -> float | None:
-        return self.parity.sqnr_db if self.parity else None
+        return self.worst.sqnr_db if self.worst else None
+
+    @property
+    def accuracy_drop(self) -> float | None:
+        """Return that of the output that labels are of, if there is one."""
+        drops = (parity.accuracy_drop for parity in self.parity)
+        return next((drop for drop in drops if drop is not None), None)
 
     def is_good_enough(self, budget: Budget) -> bool:
         """Return whether the figures seen on the validation samples are within the budget."""
-        if self.parity is None or self.parity.nonfinite_candidate:
+        if not self.parity or any(parity.nonfinite_candidate for parity in self.parity):
             return False
         if budget.max_drop is not None:
-            drop = self.parity.accuracy_drop
+            drop = self.accuracy_drop
             return drop is not None and drop <= budget.max_drop
         if budget.min_sqnr is not None:
             return self.sqnr_db is not None and self.sqnr_db >= budget.min_sqnr
@@ -132,12 +146,18 @@ class Candidate(Found, frozen=True):
         return self.latency is not None and self.latency.p50_ms <= budget.max_latency
 
 
+def worst_of(outputs: Iterable[Parity]) -> Parity | None:
+    """Return the parity of the output that lost most, one that is not finite before others."""
+    return max(outputs, key=lambda p: math.inf if p.rel_l2 is None else p.rel_l2, default=None)
+
+
 class TuneReport(Found, frozen=True):
     """The record of one search.
 
     ``front`` names the candidates that no other beats in SQNR, latency and size at once;
     ``choice`` is one of them or an equal, and ``nearest`` the best of a search without a choice.
-    ``confirmation`` is the choice on the evaluation samples, which the search never saw.
+    ``confirmation`` has each output of the choice on the evaluation samples, which the search never
+    saw, and is empty without a choice.
     """
 
     schema: int
@@ -155,7 +175,7 @@ class TuneReport(Found, frozen=True):
     front: tuple[str, ...]
     choice: str | None
     nearest: str | None
-    confirmation: Parity | None
+    confirmation: tuple[Parity, ...]
     findings: tuple[str, ...]
     doubts: tuple[str, ...]
     stages: tuple[Stage, ...]
@@ -169,4 +189,4 @@ class TuneReport(Found, frozen=True):
         """Return whether the choice keeps the budget on samples that the search never saw."""
         if self.choice is None:
             return "fail"
-        return self.confirmation.verdict if self.confirmation else "not checked"
+        return whole(parity.verdict for parity in self.confirmation)

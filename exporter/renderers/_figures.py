@@ -149,7 +149,8 @@ def shown(artefact: Artefact) -> Iterator[str]:
             named = "" if parity.output is None else f"{parity.output!r}: "
             yield (
                 f"{named}{parity.agreeing} of {parity.samples} agree, proven {proven(parity)}; "
-                f"accuracy drop {drop(parity)}; margin used {margin(parity)}; "
+                f"accuracy drop {drop(parity)}; margin used "
+                f"{margin(parity) or 'not known'}; "
                 f"classes {classes(parity)}"
             )
 

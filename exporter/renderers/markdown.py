@@ -14,6 +14,12 @@ from exporter.renderers import _quantised as quantised
 from exporter.renderers import _stages as stages
 from exporter.renderers import plots
 
+_PLACES = (
+    " Of the largest scores each place is compared: its value, and the reference's own score of "
+    "its label; what is farther off counts. So a label is right where its score is as good. "
+    "Agreement is of the first, and the margin that it has left is not known."
+)
+
 
 def render(report: Report) -> str:
     """Return the report as one Markdown page."""
@@ -49,7 +55,8 @@ def _head(report: Report) -> list[str]:
         _escape(report.profile["about"]) + ".",
         "",
         f"- {_named('input', source.inputs)} {source.input.dtype}, "
-        f"{_named('output', source.outputs)}, ONNX opset {source.opset}, batch {_batch(report)}",
+        f"{_named('output', source.graph_outputs)}{_top(source)}, ONNX opset {source.opset}, "
+        f"batch {_batch(report)}",
         *([f"- made by {_escape(source.factory)}"] if source.factory else []),
         *([f"- given as a module, {_escape(source.given)}"] if source.given else []),
         *([f"- made from the ONNX file {_escape(source.file)}"] if source.file else []),
@@ -69,6 +76,13 @@ def _head(report: Report) -> list[str]:
 def _named(what: str, specs: Sequence[TensorSpec]) -> str:
     found = (f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in specs)
     return f"{what}{'s' if len(specs) > 1 else ''} {', '.join(found)}"
+
+
+def _top(source: Source) -> str:
+    if source.top_k is None:
+        return ""
+    (classes,), name = source.top_k.scores.shape, _escape(source.top_k.scores.name)
+    return f" (the {source.top_k.k} largest of {classes} of {name}, labels in INT64)"
 
 
 def _format(source: Source) -> str:
@@ -234,7 +248,8 @@ def _parity(report: Report) -> list[str]:
         "largest output and the next an error has eaten up in the worst sample: from 100 % on, "
         "the sample flips. Classes are the different largest outputs of the reference, of so many "
         "different labels. A gate on agreement or accuracy is met where the samples prove it, and "
-        "missed where they prove that; between the two there is not enough evidence.",
+        "missed where they prove that; between the two there is not enough evidence."
+        + (_PLACES if report.source.top_k else ""),
         *_not_run(report),
     ]
 

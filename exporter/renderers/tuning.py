@@ -45,16 +45,21 @@ def rows(report: TuneReport) -> list[Row]:
 def _row(report: TuneReport, candidate: Candidate) -> Row:
     name, budget = candidate.name, report.budget
     good = candidate.is_good_enough(budget) and candidate.is_cheap_enough(budget)
-    drop = candidate.parity.accuracy_drop if candidate.parity else None
     return Row(
         candidate=f"{name} (the choice)" if name == report.choice else name,
-        sqnr=figures.decibels(candidate.sqnr_db),
-        drop=figures.share(drop),
+        sqnr=_sqnr(candidate.sqnr_db, candidate.worst.output if candidate.worst else None),
+        drop=figures.share(candidate.accuracy_drop),
         latency=figures.milliseconds(candidate.latency),
         size=figures.size(candidate.file),
         budget=_budget(candidate, is_good=good),
         front="yes" if name in report.front else "",
     )
+
+
+def _sqnr(decibels: float | None, output: str | None) -> str:
+    """Return an SQNR, and of several outputs whose it is."""
+    text = figures.decibels(decibels)
+    return text if output is None else f"{text or 'not finite'}, {output}"
 
 
 def _budget(candidate: Candidate, *, is_good: bool) -> str:
@@ -67,13 +72,16 @@ def _budget(candidate: Candidate, *, is_good: bool) -> str:
 
 def said(report: TuneReport) -> Iterator[str]:
     """Yield what the search came to, one sentence each."""
+    if len(report.source.outputs) > 1:
+        names = " and ".join(repr(spec.name) for spec in report.source.outputs)
+        yield f"the budget speaks of {names} alike: an SQNR is that of the one that loses most"
     chosen = report.chosen
     if chosen:
         yield f"chosen: {chosen.name}, for {report.budget}"
     yield from report.findings
     if report.nearest:
         nearest = next(c for c in report.candidates if c.name == report.nearest)
-        drop = nearest.parity.accuracy_drop if nearest.parity else None
+        drop = nearest.accuracy_drop
         known = [
             figures.decibels(nearest.sqnr_db),
             f"a drop of {figures.share(drop)}" if drop is not None else "",
@@ -81,10 +89,10 @@ def said(report: TuneReport) -> Iterator[str]:
             figures.size(nearest.file),
         ]
         yield f"the nearest is {nearest.name}: {', '.join(filter(None, known))}"
-    if report.confirmation:
-        yield confirmed(report.confirmation)
-        yield from (f"missed: {failure}" for failure in report.confirmation.failures)
-        yield from (f"not enough evidence: {why}" for why in report.confirmation.unproven)
+    for parity in report.confirmation:
+        yield confirmed(parity)
+        yield from (f"missed: {failure}" for failure in parity.failures)
+        yield from (f"not enough evidence: {why}" for why in parity.unproven)
     yield from (f"{c.name}: {c.refused}" for c in report.candidates if c.refused)
     yield from (f"in doubt: {doubt}" for doubt in report.doubts)
 
@@ -92,7 +100,8 @@ def said(report: TuneReport) -> Iterator[str]:
 def confirmed(parity: Parity) -> str:
     """Return what the samples that the search never saw show of the choice."""
     sqnr = figures.decibels(parity.sqnr_db) or "not finite"
-    text = f"the choice on the {parity.inputs}, which the search never saw: {sqnr}"
+    whose = "" if parity.output is None else f"{parity.output!r} of "
+    text = f"{whose}the choice on the {parity.inputs}, which the search never saw: {sqnr}"
     bounds = parity.accuracy_drop_bounds
     if bounds is None or parity.accuracy_drop is None:
         return text
@@ -108,7 +117,7 @@ def to_json(report: TuneReport) -> str:
     record = {"schema": record.pop("schema"), "verdict": report.verdict, **record}
     for candidate, entry in zip(report.candidates, record["candidates"], strict=True):
         entry["sqnr_db"] = candidate.sqnr_db  # infinite where exact, which JSON has as null
-        entry["accuracy_drop"] = candidate.parity.accuracy_drop if candidate.parity else None
+        entry["accuracy_drop"] = candidate.accuracy_drop
         entry["p50_ms"] = candidate.latency.p50_ms if candidate.latency else None
         entry["in_budget"] = candidate.is_good_enough(report.budget) and candidate.is_cheap_enough(
             report.budget
@@ -158,7 +167,7 @@ def to_markdown(report: TuneReport) -> str:
             (
                 (
                     s.layer,
-                    s.refused or figures.decibels(s.sqnr_db) or "not finite",
+                    s.refused or _sqnr(s.sqnr_db, s.output) or "not finite",
                     _place(report, is_kept=s.layer in kept),
                 )
                 for s in order
@@ -166,7 +175,8 @@ def to_markdown(report: TuneReport) -> str:
         ),
         "",
         "Only this layer is quantised, plainly, without repairs, and the outputs are compared with "
-        "those of the FP32 graph. Errors of layers add up nearly as independent noise does.",
+        "those of the FP32 graph; of several the one that loses most is named. Errors of layers "
+        "add up nearly as independent noise does.",
         "",
         "## Made with",
         "",
@@ -209,7 +219,7 @@ def render(report: TuneReport, folder: Path) -> RenderableType:
     for row in rows(report):
         grid.add_row(*map(Text, row), style="bold" if row.candidate.endswith("choice)") else "")
     worst = sorted(report.sensitivities, key=lambda s: -(s.rel_l2 or float("inf")))[:_MOST_LAYERS]
-    named = ", ".join(f"{s.layer} {figures.decibels(s.sqnr_db)}" for s in worst)
+    named = ", ".join(f"{s.layer} {_sqnr(s.sqnr_db, s.output)}" for s in worst)
     lines: list[RenderableType] = [
         Text(f"most sensitive by themselves: {named}"),
         Text(""),

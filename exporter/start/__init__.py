@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from exporter.contracts import Ends, Model, Session
 from exporter.errors import InputRefused
 from exporter.factories import Shapes
-from exporter.initial import Initial
 from exporter.network import Network
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
-from exporter.weights import Loaded
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
+from exporter.weights import AskedWeights, Loaded
 
 if TYPE_CHECKING:
     from exporter.fold.same import Example
@@ -79,8 +78,11 @@ class Start(Protocol):
     def double(self) -> Session:
         """Return it in float64: the truth."""
 
-    def single(self) -> AbstractContextManager[Session]:
-        """Open it in float32: the noise floor, and what latencies are compared with."""
+    def single(self, top: TopK | None = None) -> AbstractContextManager[Session]:
+        """Open it in float32: the noise floor, and what latencies are compared with.
+
+        With ``top`` it gives the largest scores, as the artefacts do.
+        """
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedStart:
         """Fold its BatchNorms, rounded to float32 or not. Raises `GraphError`."""
@@ -98,7 +100,7 @@ class Chosen(Protocol):
         """Return the tensors that it takes and gives, and its samples."""
 
     def start(
-        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+        self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> Start:
         """Return it with its weights, known to take such inputs. Raises `InputRefused`."""
 

@@ -21,16 +21,16 @@ from exporter.emulation import Emulator, emulate
 from exporter.errors import BuildError, GraphError, InputRefused
 from exporter.factories import Shapes
 from exporter.fidelity import distance, judge_outputs
-from exporter.initial import Initial
 from exporter.packing import in_words, packed_shape
 from exporter.parity import collect_all
 from exporter.plugins import load_runtime
 from exporter.profile import Profile
-from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec
+from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.reference import GraphSession
 from exporter.samples import feeds, fitting_all, noise
 from exporter.start.reading import FEWEST, Given, read_file
-from exporter.weights import Loaded
+from exporter.topk import with_top_k
+from exporter.weights import AskedWeights, Loaded
 from exporter.words import plain, quoted
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class OnnxFile:
         return cls(name or "model", file, ends, given, runtime)
 
     def start(
-        self, weights: Path | Initial | None, inputs: tuple[TensorSpec, ...], profile: Profile
+        self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> FileStart:
         """Return it as the top of a run. Raises `InputRefused` if it is not what it seems."""
         if profile.preprocess.fuse or profile.postprocess.softmax:
@@ -187,8 +187,9 @@ class FileStart:
         return GraphSession.of(self.model, double=True)
 
     @contextmanager
-    def single(self) -> Iterator[Session]:
-        with _opened(self.runtime, self.model.SerializeToString()) as session:
+    def single(self, top: TopK | None = None) -> Iterator[Session]:
+        model = self.model if top is None else with_top_k(self.model, top)
+        with _opened(self.runtime, model.SerializeToString()) as session:
             yield session
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedFile:

@@ -25,7 +25,6 @@ from exporter.contracts import Model, Progress, Runtime, silent
 from exporter.data import Data
 from exporter.errors import InputRefused, ProfileError, RuntimeMissing, UnknownName
 from exporter.graphs import export_source
-from exporter.initial import Initial
 from exporter.job import Job
 from exporter.plugins import load_runtime, options_of
 from exporter.profile import Profile
@@ -35,6 +34,7 @@ from exporter.tune.bench import Bench
 from exporter.tune.loop import Search
 from exporter.tune.state import State, check_folder
 from exporter.version import TOOL
+from exporter.weights import AskedWeights
 
 FEWEST = 8  # validation samples, below which an SQNR is an accident
 
@@ -47,7 +47,7 @@ def tune_model(
     *,
     precision: str = "int8",
     runtime: str | None = None,
-    weights: Path | Initial | None = None,
+    weights: AskedWeights | None = None,
     input_shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     calibration: Data | None = None,
@@ -61,7 +61,8 @@ def tune_model(
 
     ``precision`` is the one whose option ``keep`` is varied, and ``runtime`` where candidates run,
     the profile's first that can here. ``minutes`` are how long a search takes, about: 60 % are
-    for candidates, and one that is begun is finished. The rest is as for `exporter.run`.
+    for candidates, and one that is begun is finished. The rest is as for `exporter.run`. Of several
+    outputs the budget speaks of each, and figures are those of the one that loses most.
 
     A search in ``out`` that was made with the same things goes on; ``restart`` begins anew. Raises
     `InputRefused` if it was made with others, `OutputError` if the folder holds something else, and
@@ -81,7 +82,7 @@ def tune_model(
         progress=progress,
         builds=False,
     )
-    _check_output(job)
+    _check_budget(job, budget)
     seen = _validation(job, validation)
     with TemporaryDirectory() as scratch, job.threads(), ExitStack() as sessions:
         with job.stage("fold BatchNorm"):
@@ -110,15 +111,15 @@ def _check_options(profile: Profile, precision: str, *, validation: int, minutes
         raise ProfileError(f"{precision} has no option 'keep', so that there is nothing to search")
 
 
-def _check_output(job: Job) -> None:
-    """Raise `InputRefused` unless the network tells classes apart and does nothing else."""
+def _check_budget(job: Job, budget: Budget) -> None:
+    """Raise `InputRefused` for a drop in accuracy that would leave an output without a bound."""
     found = job.output_specs
-    if len(found) > 1 or not found[0].has_classes:
+    if budget.max_drop is not None and (len(found) > 1 or not found[0].has_classes):
         shapes = ", ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in found)
         raise InputRefused(
-            f"{job.name} gives {shapes}, and a search needs one output (N, classes), by whose "
-            "labels candidates are told apart",
-            hint="name the layers to keep in the profile, as keep among a precision's options",
+            f"{job.name} gives {shapes}, and a drop in accuracy is of one output (N, classes) "
+            "alone",
+            hint="--min-sqnr in place of --max-drop bounds every output",
         )
 
 
@@ -177,7 +178,7 @@ def _made_with(
         )
     )
     return {
-        "weights": job.loaded.sha256,
+        "weights": " ".join(filter(None, (job.loaded.sha256, job.loaded.key))),
         "input shape": " ".join("x".join(map(str, spec.shape)) for spec in job.input_specs),
         "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
         "profile": hashlib.sha256(said).hexdigest(),

@@ -22,13 +22,22 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 
-from exporter.contracts import Advance, Converted, Precision, Progress, Runtime, Session, silent
+from exporter.contracts import Converted, Precision, Progress, Runtime, Session, silent
 from exporter.errors import BuildError, ExportError, GraphError, with_hint
 from exporter.graphs import convert, statistics_of
 from exporter.job import Job
 from exporter.parity import compare_outputs
 from exporter.plugins import load_precision, load_runtime, options_of
-from exporter.records import Array, Candidate, File, OnnxModel, Sensitivity
+from exporter.records import (
+    Candidate,
+    File,
+    OnnxModel,
+    Outputs,
+    Parity,
+    Sensitivity,
+    Tolerance,
+    worst_of,
+)
 from exporter.runtimes._graph import WEIGHTED, dequantised_weights
 from exporter.samples import Samples
 from exporter.tune.state import State
@@ -54,8 +63,8 @@ class Bench:
     state: State
     open_sessions: ExitStack
     _statistics: Mapping[str, Any] = field(default_factory=dict)
-    _truth: Array | None = None
-    _single: Array | None = None
+    _truth: Outputs = field(default_factory=dict)
+    _single: Outputs = field(default_factory=dict)
     _built: dict[str, Path] = field(default_factory=dict)
 
     # ── What is quantised, and what that does ───────────────────────────────────────
@@ -71,17 +80,16 @@ class Bench:
         ]
 
     def sensitivity(self, layer: str, layers: list[str]) -> Sensitivity:
-        """Return what quantising this layer alone does to the outputs."""
-        import numpy as np
-
+        """Return what quantising this layer alone does to the output that loses most."""
         rest = self.keeping([other for other in layers if other != layer])
         try:
             got = self._run_graph(self._plain(rest))
         except ExportError as error:
             return Sensitivity(layer, None, with_hint(error))
-        if not np.isfinite(got).all():
-            return Sensitivity(layer, None)
-        return Sensitivity(layer, compare_outputs(self._fp32(), got, inputs="").rel_l2)
+        few = self.validation._replace(labels=None)
+        worst = worst_of(self.compared(self._fp32(), got, few))
+        assert worst is not None  # a network gives something
+        return Sensitivity(layer, worst.rel_l2, output=worst.output)
 
     def keeping(self, layers: list[str]) -> tuple[str, ...]:
         """Return the option that keeps these layers, and those that the profile keeps, in order."""
@@ -111,21 +119,17 @@ class Bench:
         inputs = self.validation.inputs[:0] if calibration is None else calibration.inputs[:samples]
         return convert(name, precision, self.graph, self._statistics, inputs, progress=progress)
 
-    def _run_graph(self, model: onnx.ModelProto) -> Array:
+    def _run_graph(self, model: onnx.ModelProto) -> Outputs:
         """Return a graph's outputs on a few samples, in ONNX Runtime on the CPU, wherever else."""
         runtime = load_runtime("ort-cpu", self.job.profile.runtime.get("ort-cpu", {}))
         with TemporaryDirectory() as folder:
             path = Path(folder, "one.onnx")
             onnx.save(model, path)
             with runtime.open(path) as session:
-                return self._outputs(session, self.validation.inputs[:FEW])
+                return self.job.outputs(session, self.validation.inputs[:FEW])
 
-    def _outputs(self, session: Session, inputs: Array, advance: Advance = lambda: None) -> Array:
-        """Return the network's one output, (samples, classes)."""
-        return self.job.outputs(session, inputs, advance)[self.job.model.output.name]
-
-    def _fp32(self) -> Array:
-        if self._single is None:
+    def _fp32(self) -> Outputs:
+        if not self._single:
             self._single = self._run_graph(self.graph)
         return self._single
 
@@ -188,21 +192,41 @@ class Bench:
                 total = -(-len(self.validation.inputs) // size)
                 what = f"{candidate.name}: validate"
                 with self.job.stage(what, total, part="evidence") as advance:
-                    got = self._outputs(session, self.validation.inputs, advance)
+                    got = self.job.outputs(session, self.validation.inputs, advance)
         except BuildError as error:
             return msgspec.structs.replace(candidate, refused=with_hint(error))
-        labels, origin = self.validation.labels, self.validation.origin
-        parity = compare_outputs(truth, got, inputs=origin, labels=labels)
+        parity = self.compared(truth, got, self.validation)
         return msgspec.structs.replace(candidate, parity=parity)
 
-    def _float64(self) -> Array:
+    def compared(
+        self,
+        want: Outputs,
+        got: Outputs,
+        samples: Samples,
+        tolerance: Tolerance = Tolerance(),  # noqa: B008 - frozen
+    ) -> tuple[Parity, ...]:
+        """Return the parity of each output on these samples, with accuracy of a classification."""
+        return tuple(
+            compare_outputs(
+                want[output.name],
+                got[output.name],
+                inputs=samples.origin,
+                tolerance=tolerance,
+                labels=samples.labels if output == self.job.labelled else None,
+                output=output.name if len(self.job.output_specs) > 1 else None,
+                has_classes=output.has_classes,
+            )
+            for output in self.job.output_specs
+        )
+
+    def _float64(self) -> Outputs:
         """Return the unfolded network's outputs on the validation samples, in float64."""
-        if self._truth is None:
+        if not self._truth:
             session = self.job.start.double()
             total = -(-len(self.validation.inputs) // self.job.profile.batch.opt)
             what = "run PyTorch in float64"
             with self.job.stage(what, total, part="evidence") as advance:
-                self._truth = self._outputs(session, self.validation.inputs, advance)
+                self._truth = self.job.outputs(session, self.validation.inputs, advance)
         return self._truth
 
     def session(self, candidate: Candidate) -> Session:

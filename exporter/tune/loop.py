@@ -15,7 +15,6 @@ from exporter.errors import BuildError, GraphError, with_hint
 from exporter.flops import count_flops
 from exporter.intervals import FEWEST_PAIRS
 from exporter.latency import measure_latency
-from exporter.parity import compare_outputs
 from exporter.profile import Profile
 from exporter.records import (
     SCHEMA,
@@ -60,7 +59,7 @@ class Search:
         sessions = self._open()
         doubts = self._time(sessions)
         chosen, nearest = search.choose(self.candidates, self.budget)
-        confirmation = self._confirm(chosen, sessions[chosen.name]) if chosen else None
+        confirmation = self._confirm(chosen, sessions[chosen.name]) if chosen else ()
         report = TuneReport(
             schema=SCHEMA,
             tool=TOOL,
@@ -158,7 +157,7 @@ class Search:
                     sessions[candidate.name] = self.bench.session(candidate)
                 except BuildError as error:
                     self.candidates[index] = msgspec.structs.replace(
-                        candidate, refused=with_hint(error), parity=None
+                        candidate, refused=with_hint(error), parity=()
                     )
         if not sessions:
             reasons = "; ".join(dict.fromkeys(c.refused or "" for c in self.candidates))
@@ -205,19 +204,15 @@ class Search:
 
     # ── The choice ──────────────────────────────────────────────────────────────────
 
-    def _confirm(self, chosen: Candidate, session: Session) -> Parity:
+    def _confirm(self, chosen: Candidate, session: Session) -> tuple[Parity, ...]:
         """Hold the choice against float64 PyTorch on the evaluation samples."""
         job = self.bench.job
-        inputs, labels, origin = job.held_out
-        (output,) = job.output_names
-        truth = job.start.double()
-        total = 2 * -(-len(inputs) // job.profile.batch.opt)
-        what = f"{chosen.name}: confirm on the {origin}"
+        samples, truth = job.held_out, job.start.double()
+        total = 2 * -(-len(samples.inputs) // job.profile.batch.opt)
+        what = f"{chosen.name}: confirm on the {samples.origin}"
         with job.stage(what, total, part="evidence") as advance:
-            want, got = (job.outputs(run, inputs, advance)[output] for run in (truth, session))
-        return compare_outputs(
-            want, got, inputs=origin, labels=labels, tolerance=self.budget.tolerance
-        )
+            want, got = (job.outputs(run, samples.inputs, advance) for run in (truth, session))
+        return self.bench.compared(want, got, samples, self.budget.tolerance)
 
     def _findings(self, chosen: Candidate | None) -> Iterator[str]:
         """Yield whether the precision pays here, and what was not tried, one sentence each."""
@@ -236,8 +231,9 @@ class Search:
             yield f"no candidate keeps the budget: {self.budget}"
 
     def _doubts_of_accuracy(self) -> Iterator[str]:
-        parity = next((c.parity for c in self.candidates if c.parity), None)
-        accuracy = parity.reference_accuracy if parity else None
+        parities = (parity for c in self.candidates for parity in c.parity)
+        known = (parity.reference_accuracy for parity in parities)
+        accuracy = next((share for share in known if share is not None), None)
         if accuracy is not None and accuracy < _USEFUL:
             yield (
                 f"the network itself labels only {accuracy:.1%} of the validation samples "

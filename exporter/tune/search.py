@@ -83,7 +83,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
 
     Of candidates that are not shown to be slower than the fastest, the most exact is the best.
     """
-    made = [c for c in candidates if c.parity is not None and c.same_as is None]
+    made = [c for c in candidates if c.parity and c.same_as is None]
     good = [c for c in made if c.is_good_enough(budget)]
     within = [c for c in good if c.is_cheap_enough(budget)]
     if not within:
@@ -112,7 +112,7 @@ def _nearest(
 
 
 def _drop(candidate: Candidate, budget: Budget) -> float:
-    drop = candidate.parity.accuracy_drop if candidate.parity else None
+    drop = candidate.accuracy_drop
     return (1.0 if drop is None else drop) if budget.max_drop is not None else 0.0
 
 
@@ -130,7 +130,7 @@ def front(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     To beat is to be as good in all three and better in one; latencies differ where that is shown
     (`Comparison`).
     """
-    timed = [(c, c.latency) for c in candidates if c.latency is not None and c.parity is not None]
+    timed = [(c, c.latency) for c in candidates if c.latency is not None and c.parity]
 
     def beats(one: tuple[Candidate, Latency], other: tuple[Candidate, Latency]) -> bool:
         (a, ours), (b, theirs) = one, other

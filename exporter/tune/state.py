@@ -23,7 +23,7 @@ from exporter.records import Candidate, File, Found, Sensitivity
 STATE, GRAPHS = "tune-state.json", "candidates"
 _RESULTS = ("tune.json", "tune.md", "tuned.toml", "pareto.svg")
 _PARTIAL = ".tune-partial"  # what a killed run may leave
-_SCHEMA = 1
+_SCHEMA = 2  # 1, the first; 2, the parity of every output
 
 
 class _Saved(Found, frozen=True):

@@ -36,6 +36,7 @@ from exporter.profile import Profile, load_profile
 from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
+from exporter.sizes import AskedAt, Sizes
 from exporter.worst_case import Found, Search, search_worst_case
 
 _WORST = "worst-case"
@@ -92,9 +93,10 @@ def check_bundle(
             path = export_source(job, folded, Path(scratch, f"{job.name}.fp32.onnx")).path
         graph = onnx.load(path)
         ladder = Ladder(job, Truth.compute(job, folded), Asked.of(job, graph, "fp32"))
+        sizes = Sizes.compute(ladder)
         rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
-        bundle = _Bundle(job, folder, intact, ladder, search)
+        bundle = _Bundle(job, folder, intact, ladder, sizes, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
     if bundle.found:
         _save(folder, bundle.found, job.input_specs)
@@ -115,6 +117,7 @@ def check_bundle(
         ),
         stages=job.stages.so_far,
         calibrated=job.calibrated,
+        sizes=sizes.records,
         worst_cases=tuple(found.record for found in bundle.found),
     )
 
@@ -218,6 +221,7 @@ class _Bundle:
     folder: Path
     intact: set[str]
     ladder: Ladder
+    sizes: Sizes
     search: Search | None
     found: list[Found] = field(default_factory=list)
 
@@ -226,21 +230,28 @@ def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -
     """Return one precision, each of its artefacts compared anew."""
     if isinstance(made, ExportError):
         return msgspec.structs.replace(variant, artefacts=(), losses=(), refused=with_hint(made))
-    asked = bundle.ladder.ask(made.model, variant.precision)
+    asked = bundle.sizes.ask(made.model, variant.precision)
     artefacts = tuple(_judge(bundle, artefact, asked) for artefact in variant.artefacts)
     return msgspec.structs.replace(
         variant,
         artefacts=artefacts,
-        losses=bundle.ladder.losses(asked, made),
+        losses=bundle.ladder.losses(asked.own, made),
         repairs=made.repairs,
         tensors=made.tensors,
         notes=made.notes,
     )
 
 
-def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
+def _judge(bundle: _Bundle, before: Artefact, asked: AskedAt) -> Artefact:
     """Return one artefact, compared anew, or with the reason why it cannot be."""
-    artefact = msgspec.structs.replace(before, parity=(), rung=None, refused=None, not_run=None)
+    artefact = msgspec.structs.replace(
+        before,
+        parity=(),
+        rung=None,
+        refused=None,
+        not_run=None,
+        sizes=bundle.sizes.unchecked(),
+    )
     runtime = bundle.job.runtimes[artefact.runtime]
     if before.file is None:  # it was refused when the bundle was made
         return before
@@ -250,9 +261,11 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
         if reason := runtime.missing("run"):
             return msgspec.structs.replace(artefact, not_run=reason)
         with runtime.open(path) as session:
-            judged = bundle.ladder.judge(artefact, runtime, path, session, asked)
+            judged = bundle.sizes.judge(artefact, runtime, path, session, asked)
             if bundle.search is not None:
-                bundle.found.append(_search(bundle, judged, path, session, asked, bundle.search))
+                bundle.found.append(
+                    _search(bundle, judged, path, session, asked.own, bundle.search)
+                )
             return judged
     except ExportError as error:
         return msgspec.structs.replace(artefact, refused=with_hint(error))
@@ -267,7 +280,7 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
     if not path.is_file():
         raise GraphError(f"{name}: the bundle lacks this file")
     if path.suffix == ".onnx":
-        check_onnx(path, runs=True)
+        check_onnx(path, runs=True, sizes=bundle.job.input_specs[0].largest)
         check_same_interface(
             read_graph(path),
             name,

@@ -11,6 +11,7 @@ from the top's (`exporter.parity`), and fidelity, whether it computes the graph 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -339,7 +340,7 @@ class Ladder:
         if not fidelity.layers:
             return None
         if asked is self.source and self._is_off(asked):
-            return self._export_cause(asked)
+            return self.export_cause(asked, self.job.feed(2))
         return (
             "with every tensor read out each layer is right, so it is what the runtime makes of "
             "the graph as a whole"
@@ -357,10 +358,10 @@ class Ladder:
                 return True
         return False
 
-    def _export_cause(self, asked: Asked) -> str:
+    def export_cause(self, asked: Asked, feed: Feed) -> str:
         """Name the first layer that was written as something else, or the fold."""
         assert asked.emulator is not None
-        feed, folding = self.job.feed(2), self.truth.folding
+        folding = self.truth.folding
         layers = folding.layer_outputs(feed)
         written = {
             step.writes[0]: layer_name(asked.emulator, step)
@@ -372,7 +373,10 @@ class Ladder:
             values = asked.emulator.run(inputs, watch=list(written))
         for tensor, layer in written.items():
             want = layers.get(layer)
-            off = None if want is None else distance(values[tensor].numpy(), want)
+            if want is None:
+                continue
+            found = values[tensor].numpy()
+            off = distance(found, want) if found.shape == want.shape else math.inf
             if off is not None and off > _EXPORTED:
                 said = f"{folding.writer} wrote {layer!r} as something else than the folded network"
                 return f"{said} has"

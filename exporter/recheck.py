@@ -280,7 +280,7 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
     if not path.is_file():
         raise GraphError(f"{name}: the bundle lacks this file")
     if path.suffix == ".onnx":
-        check_onnx(path, runs=True, sizes=bundle.job.input_specs[0].largest)
+        _check_runs(path, bundle.job.input_specs[0])
         check_same_interface(
             read_graph(path),
             name,
@@ -295,6 +295,17 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             f"{name} is not the file that the manifest lists, and an engine is a program, so it is "
             "not loaded"
         )
+
+
+def _check_runs(path: Path, taken: TensorSpec) -> None:
+    """Raise as `check_onnx`, which runs the file once at the largest size that it is for."""
+    try:
+        check_onnx(path, runs=True, sizes=taken.largest)
+    except ExportError as error:
+        if not taken.free:
+            raise
+        shape = " × ".join(map(str, taken.largest))
+        raise type(error)(f"for an input of {shape}, {error}", hint=error.hint) from error
 
 
 def _search(

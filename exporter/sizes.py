@@ -196,6 +196,9 @@ def _expected(ladder: Ladder, folded: FoldedStart, size: Size) -> Expected:
     graph = judge_outputs(
         truth, source.exact, exact=source.exact, noisy=source.noisy, against=source.against
     )
+    if graph.failures:
+        cause = ladder.export_cause(source, next(samples.feeds(few.inputs, few.specs, size=2)))
+        graph = msgspec.structs.replace(graph, cause=cause)
     record = msgspec.structs.replace(record, float64_rel_l2=moved, graph=graph)
     return replace(found, source=source, record=record)
 

@@ -48,8 +48,8 @@ def shapes_to_run(path: Path, batch: int) -> dict[str, tuple[int, ...]]:
         if 0 in sizes:
             name = rest[sizes.index(0)].dim_param
             raise InputRefused(
-                f"{path.name} leaves {name or 'an axis'!r} of {value.name!r} open, and does not say "
-                "which size it is tuned for",
+                f"{path.name} leaves {name or 'an axis'!r} of {value.name!r} open, and says "
+                "not which size it is tuned for",
                 hint="export it in one size, or with [size] in a profile",
             )
         found[value.name] = (batch, *sizes)

@@ -210,7 +210,7 @@ def _check_sources(job: Job, before: Report) -> None:
 
 
 def _said(tensors: tuple[TensorSpec, ...]) -> str:
-    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in tensors)
+    return " and ".join(f"{one.name!r} N×{'×'.join(one.said)}" for one in tensors)
 
 
 @dataclass(frozen=True, slots=True)

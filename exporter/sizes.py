@@ -87,7 +87,8 @@ class Sizes:
         job = ladder.job
         if not job.sizes:
             return cls(ladder, ())
-        folded = job.start.fold(job.example(), double=True)
+        with job.stages.quietly("fold in float64 for other sizes", part="evidence"):
+            folded = job.start.fold(job.example(), double=True)
         return cls(ladder, tuple(_expected(ladder, folded, size) for size in job.sizes))
 
     @property

@@ -163,7 +163,7 @@ class Sizes:
 
 
 def _expected(ladder: Ladder, folded: FoldedStart, size: Size) -> Expected:
-    """Return what the network gives in one size, and whether fold and graph give it too."""
+    """Return what the network gives in one size, and whether what is made of it gives it too."""
     job = ladder.job
     few = _few(job, size)
     held_out = min(FEW, len(few.inputs) - FEW_NOISE)
@@ -175,9 +175,15 @@ def _expected(ladder: Ladder, folded: FoldedStart, size: Size) -> Expected:
             for session in (job.start.double(), single)
         )
     floors = {name: distance(short[name], want) for name, want in truth.items()}
-    found = Expected(size, few, ladder.source, record, truth, floors)
+    found = _with_fold(Expected(size, few, ladder.source, record, truth, floors), job, folded)
+    return found if found.record.refused else _with_graph(found, ladder)
+
+
+def _with_fold(found: Expected, job: Job, folded: FoldedStart) -> Expected:
+    """Compare the folded network with the unfolded one, both in float64."""
+    few, truth = found.few, found.truth
     try:
-        with job.stage(f"check the fold in float64 at {size}", part="evidence"):
+        with job.stage(f"check the fold in float64 at {found.size}", part="evidence"):
             got = job.outputs(folded.session(double=True), few.inputs, specs=few.specs)
     except (ExportError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -187,11 +193,17 @@ def _expected(ladder: Ladder, folded: FoldedStart, size: Size) -> Expected:
     errors = [distance(got[name], want) for name, want in truth.items()]
     finite = [error for error in errors if error is not None]
     moved = max(finite) if len(finite) == len(errors) else None
-    source = ladder.source.on(job, "fp32", few)
+    return replace(found, record=msgspec.structs.replace(found.record, float64_rel_l2=moved))
+
+
+def _with_graph(found: Expected, ladder: Ladder) -> Expected:
+    """Compare the FP32 graph, in exact arithmetic, with the network, where it has an emulation."""
+    few, truth = found.few, found.truth
+    if ladder.source.exact is None:
+        return found
+    source = ladder.source.on(ladder.job, "fp32", few)
     if source.exact is None:
-        if ladder.source.exact is not None:
-            return found.without(f"the FP32 graph does not run: {source.unseen}")
-        return replace(found, record=msgspec.structs.replace(record, float64_rel_l2=moved))
+        return found.without(f"the FP32 graph does not run: {source.unseen}")
     if odd := _other_shape(source.exact, truth):
         return found.without(f"the FP32 graph {odd}")
     graph = judge_outputs(
@@ -200,7 +212,7 @@ def _expected(ladder: Ladder, folded: FoldedStart, size: Size) -> Expected:
     if graph.failures:
         cause = ladder.export_cause(source, next(samples.feeds(few.inputs, few.specs, size=2)))
         graph = msgspec.structs.replace(graph, cause=cause)
-    record = msgspec.structs.replace(record, float64_rel_l2=moved, graph=graph)
+    record = msgspec.structs.replace(found.record, graph=graph)
     return replace(found, source=source, record=record)
 
 

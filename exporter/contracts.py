@@ -216,7 +216,8 @@ class Runtime(Protocol):
     def build(self, model: OnnxModel, folder: Path) -> Path:
         """Return the file `open` reads: a new one in ``folder``, or the ONNX file itself.
 
-        Raises `BuildError` where the runtime refuses the graph.
+        It takes every batch of the model's range, and its inputs at every size of theirs. Raises
+        `BuildError` where the runtime refuses the graph.
         """
 
     def open(self, path: Path) -> AbstractContextManager[Session]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import plugins
+from exporter.axes import shape_at_optimum
 from exporter.contracts import Progress, silent
 from exporter.errors import GraphError, InputRefused, UnknownName
 from exporter.flops import count_flops, input_shape_of, read_file
@@ -18,6 +19,7 @@ from exporter.onnx_files import check_onnx
 from exporter.records import Counted
 
 if TYPE_CHECKING:
+    import onnx
     from torch import nn
 
     from exporter.contracts import Model
@@ -63,8 +65,17 @@ def _file(path: Path, input_shape: tuple[int, ...] | None) -> Counted:
     try:
         return Counted(path.name, shape, count_flops(graph, input_shape))
     except (GraphError, InputRefused) as error:
-        hint = None if shape else "give the shape of its input, say --input 3x224x224"
+        hint = None if shape else _hint(graph)
         raise type(error)(f"{path.name}: {error}", hint=hint) from error
+
+
+def _hint(graph: onnx.ModelProto) -> str:
+    """Return what sizes to give, those that the graph is tuned for where it says so."""
+    tuned = [shape_at_optimum(graph, value) for value in graph.graph.input]
+    if len(tuned) == 1 and tuned[0] and all(tuned[0]):
+        said = "x".join(map(str, tuned[0]))
+        return f"its height and width are free: say --input {said}, which it is tuned for"
+    return "give the shape of its input, say --input 3x224x224"
 
 
 def _files_in(folder: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.axes import grows_with_size
 from exporter.calibration import calibrate, convergence
 from exporter.contracts import Converted, Precision, Progress
 from exporter.errors import GraphError
@@ -47,6 +48,12 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
     statistics: Mapping[str, Any] = {}
     for name, precision in job.precisions.items():
         try:
+            if precision.needs_calibration and (grows := grows_with_size(graph)):
+                raise GraphError(
+                    f"{grows!r} sums over height and width, so that its values grow with the "
+                    f"picture, and {name} takes its ranges from one size",
+                    hint="take the mean in its place, leave out [size], or export fp32",
+                )
             if precision.needs_calibration and not statistics:
                 statistics = statistics_of(job, graph)
             samples = job.held_out.inputs[:0] if job.calibration is None else job.calibration.inputs

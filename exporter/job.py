@@ -38,7 +38,7 @@ from exporter.data import (
 )
 from exporter.errors import InputRefused, OutOfMemory, RuntimeMissing
 from exporter.factories import Shapes
-from exporter.network import code_of, kind_of
+from exporter.network import NetworkStart, code_of, kind_of
 from exporter.packing import in_words, packed_shape, unpack
 from exporter.parity import collect_all
 from exporter.plugins import load_precision, load_runtime, remedy
@@ -55,6 +55,7 @@ from exporter.records import (
     TopK,
 )
 from exporter.samples import Samples, Split
+from exporter.sizing import Size, checked_sizes, free_outputs, free_sides, size_of
 from exporter.stages import Stages
 from exporter.start import Start, choose
 from exporter.topk import choose_top_k
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 
 _RUNGS = 4  # in PyTorch: float64, float32 and folded, and what one of them is compared in
+_ELSEWHERE = 3 * (samples.FEW + samples.FEW_NOISE)  # samples at the other sizes of an input
 _UNTRAINED = (
     "nobody trained the weights ({}): a trained network may lose more, and accuracy says nothing"
 )
@@ -88,6 +90,7 @@ class Job:
     profile: Profile
     precisions: dict[str, Precision]
     runtimes: dict[str, Runtime]
+    output_specs: tuple[TensorSpec, ...]
     data: DataSet
     held_out: Samples
     noise: Array
@@ -120,6 +123,11 @@ class Job:
         those it is judged on are refused unless ``allow_overlap``.
         """
         stages = Stages(progress)
+        if profile.size.is_free and isinstance(model, Path):
+            raise InputRefused(
+                f"{model.name} is taken in one size, and [size] is of networks in PyTorch so far",
+                hint="leave it out, and say the size with --input where the file leaves it open",
+            )
         network = choose(model, profile, input_shape=input_shape, classes=classes)
         chosen = network.model
         runtimes = _runtimes(profile, builds=builds)
@@ -128,12 +136,15 @@ class Job:
         if isinstance(input_shape, tuple):
             first = TensorSpec(first.name, input_shape)
         inputs = (first, *more)
-        _check_memory(inputs, profile, own=data is None or is_built_in(data))
+        taken = free_sides(inputs, profile.size)
+        _check_memory(taken, profile, own=data is None or is_built_in(data))
         start = network.start(weights, inputs, profile)
         inputs = start.inputs
         origin, loaded = start.origin
         needed = any(precision.needs_calibration for precision in precisions.values())
         specs = outputs_of(chosen)
+        if profile.size.is_free and isinstance(start, NetworkStart):
+            specs = free_outputs(start.module, inputs, specs, profile.size, name=network.name)
         top = choose_top_k(inputs, specs, profile.postprocess)
         labelled = classification(specs)
         fits = (chosen.data, inputs, labelled, profile)
@@ -163,6 +174,7 @@ class Job:
             profile=profile,
             precisions=precisions,
             runtimes=runtimes,
+            output_specs=specs,
             data=dataset,
             held_out=held_out,
             noise=_noise(inputs, profile),
@@ -191,10 +203,6 @@ class Job:
             torch.set_num_threads(before)
 
     @property
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        return outputs_of(self.model)
-
-    @property
     def output_names(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.output_specs)
 
@@ -208,22 +216,30 @@ class Job:
         """Return the output that the labels are of, if it is plain which."""
         return classification(self.output_specs)
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Return the sizes at which everything is checked beside the inputs' own."""
+        free = self.profile.size.is_free
+        return checked_sizes(self.profile.size, size_of(self.input_specs)) if free else ()
+
     def outputs(
         self,
         session: Session,
         inputs: Array,
         advance: Advance = lambda: None,
         *,
+        specs: Sequence[TensorSpec] = (),
         of_artefact: bool = False,
     ) -> dict[str, Array]:
         """Return what a session makes of the inputs, (samples, values) float64 by output.
 
-        The outputs are the network's, or those ``of_artefact``.
+        ``specs`` are those that the samples have, where that is another size. The outputs are the
+        network's, or those ``of_artefact``.
         """
         size = self.profile.batch.opt
         return collect_all(
             session,
-            samples.feeds(inputs, self.input_specs, size=size),
+            samples.feeds(inputs, specs or self.input_specs, size=size),
             [spec.name for spec in (self.graph_outputs if of_artefact else self.output_specs)],
             samples=len(inputs),
             advance=advance,
@@ -321,7 +337,7 @@ class Job:
             weights_sha256=self.loaded.sha256,
             parameters=self.start.parameters,
             input=self.input_specs[0],
-            output=self.model.output,
+            output=self.output_specs[0],
             opset=self.profile.opset,
             weights_format=self.loaded.format,
             weights_changes=self.loaded.changes,
@@ -377,12 +393,16 @@ def _check_memory(inputs: Sequence[TensorSpec], profile: Profile, *, own: bool) 
     count = samples.MOST if own else profile.calibration.images
     count += profile.parity.random + samples.VARIED * max(profile.timing.batches)
     needed = count * prod(packed_shape(inputs)) * 4
+    said, hint = in_words(spec.shape for spec in inputs), "lower --input or parity.random"
+    if profile.size.is_free:
+        largest = in_words(spec.largest for spec in inputs)
+        needed += _ELSEWHERE * sum(prod(spec.largest) for spec in inputs) * 4
+        said, hint = f"{said} and {_ELSEWHERE} of up to {largest}", f"{hint}, or size.max"
     if memory and needed > memory:
-        shape = in_words(spec.shape for spec in inputs)
         raise OutOfMemory(
-            f"{count} samples of {shape} are {needed / 1e9:.0f} GB, more than this machine's "
+            f"{count} samples of {said} are {needed / 1e9:.0f} GB, more than this machine's "
             f"{memory / 1e9:.0f} GB of memory",
-            hint="lower --input or parity.random",
+            hint=hint,
         )
 
 
@@ -391,6 +411,9 @@ def _check_outputs_memory(outputs: Sequence[TensorSpec], count: int, profile: Pr
     memory = environment.memory_bytes()
     rungs = _RUNGS + len(profile.precision) * len(profile.runtime)
     needed = rungs * count * sum(prod(spec.shape) for spec in outputs) * 8
+    if profile.size.is_free:
+        needed += rungs * _ELSEWHERE * sum(prod(spec.largest) for spec in outputs) * 8
+        count += _ELSEWHERE
     if memory and needed > memory:
         raise OutOfMemory(
             f"{rungs} times the outputs of {count} samples are {needed / 1e9:.0f} GB, more than "

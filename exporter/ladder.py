@@ -11,10 +11,11 @@ from the top's (`exporter.parity`), and fidelity, whether it computes the graph 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
@@ -38,6 +39,7 @@ from exporter.parity import Firsts, compare_outputs
 from exporter.records import (
     Array,
     Artefact,
+    Feed,
     Fidelity,
     LayerError,
     Outputs,
@@ -46,7 +48,7 @@ from exporter.records import (
     TensorSpec,
     Tolerance,
 )
-from exporter.samples import feeds
+from exporter.samples import FEW, FEW_NOISE, feeds
 from exporter.start import FoldedStart
 from exporter.steps import across
 from exporter.topk import see
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     import onnx
 
 FOLDED = "folded"
-_HELD_OUT, _NOISE = 8, 4  # samples that fidelity is judged on: it is a figure of many values each
 _LAYERED = 8  # samples whose every tensor is compared
 _EXPORTED = 1e-4  # of a layer's output, which float32 weights move by 1e-7 a layer before it
 _AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
@@ -94,12 +95,7 @@ class Truth:
 
     def few(self, held_out: Outputs, noise: Outputs) -> Outputs:
         """Return the outputs on the samples that fidelity is judged on."""
-        import numpy as np
-
-        return {
-            name: np.concatenate([held_out[name][:_HELD_OUT], noise[name][:_NOISE]])
-            for name in held_out
-        }
+        return {name: join(held_out[name], noise[name]) for name in held_out}
 
 
 def _compared(
@@ -132,6 +128,26 @@ def _compared(
     )
 
 
+class Few(NamedTuple):
+    """The samples that fidelity is judged on, side by side, held-out ones first; and of what."""
+
+    inputs: Array
+    specs: tuple[TensorSpec, ...]
+    where: str = ""
+
+    @classmethod
+    def of(cls, job: Job) -> Few:
+        """Return those in the inputs' own size."""
+        return cls(join(job.held_out.inputs, job.noise), job.input_specs)
+
+
+def join(held_out: Array, noise: Array) -> Array:
+    """Return the held-out samples and the noise that fidelity is judged on: the first of each."""
+    import numpy as np
+
+    return np.concatenate([held_out[:FEW], noise[:FEW_NOISE]])
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A graph that was asked for, and what it gives on a few samples, emulated.
@@ -152,31 +168,41 @@ class Asked:
     def of(cls, job: Job, model: onnx.ModelProto, precision: str) -> Asked:
         """Emulate a graph, as a stage."""
         try:
-            emulator = Emulator.of(model)
-            runs: tuple[Arithmetic, ...] = ("exact", "noisy")
-            if emulator.rounds_to_half:
-                runs += ("rounded",)
-            count = -(-(_HELD_OUT + _NOISE) // _AT_ONCE) * len(runs)
-            what = f"{precision}: emulate the graph asked for"
-            with job.stage(what, count, part="evidence") as advance:
-                got = {kind: _emulated(job, emulator, kind, advance) for kind in runs}
+            asked = cls(model, Emulator.of(model), against=job.source().top)
         except GraphError as error:
             return cls(model, None, against=job.source().top, unseen=str(error))
-        reference, against = None, job.source().top
+        return asked.on(job, precision, Few.of(job))
+
+    def on(self, job: Job, precision: str, few: Few) -> Asked:
+        """Emulate the same graph on other samples, as a stage."""
+        if self.emulator is None:
+            return self
+        emulator, against = self.emulator, job.source().top
+        runs: tuple[Arithmetic, ...] = ("exact", "noisy")
+        if emulator.rounds_to_half:
+            runs += ("rounded",)
+        what = f"{precision}: emulate the graph asked for{few.where}"
+        count = -(-len(few.inputs) // _AT_ONCE) * len(runs)
+        try:
+            with job.stage(what, count, part="evidence") as advance:
+                got = {kind: _emulated(job, emulator, few, kind, advance) for kind in runs}
+        except GraphError as error:
+            return Asked(self.model, None, against=against, unseen=str(error))
+        reference = None
         if emulator.rounds_to_half:
             reference, against = got["rounded"], f"the {precision} graph with rounding emulated"
         elif emulator.quantises:
             reference, against = got["exact"], f"the {precision} graph in float64"
-        return cls(model, emulator, got["exact"], got["noisy"], reference, against)
+        return Asked(self.model, emulator, got["exact"], got["noisy"], reference, against)
 
 
-def _emulated(job: Job, emulator: Emulator, kind: Arithmetic, advance: Advance) -> Outputs:
-    import numpy as np
-
-    few = np.concatenate([job.held_out.inputs[:_HELD_OUT], job.noise[:_NOISE]])
-    batches = feeds(few, job.input_specs, size=_AT_ONCE)
+def _emulated(
+    job: Job, emulator: Emulator, few: Few, kind: Arithmetic, advance: Advance
+) -> Outputs:
+    batches = feeds(few.inputs, few.specs, size=_AT_ONCE)
     found = emulate(emulator, batches, kind, watch=job.output_names, advance=advance)
-    return {name: rows[: len(few)] for name, rows in found.items()}  # the last batch is filled up
+    count = len(few.inputs)  # the last batch is filled up
+    return {name: rows[:count] for name, rows in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +264,9 @@ class Ladder:
         """
         what = f"{artefact.name}: compare with {self.job.source().reference}"
         held_out, noise = self.job.all_outputs(session, what, of_artefact=True)
-        layers, unseen = self._layers(artefact, runtime, path, asked)
+        batch = self.job.profile.batch
+        feed = self.job.feed(min(max(_LAYERED, batch.min), batch.max))
+        layers, unseen = self.layers(artefact, runtime, path, asked, feed)
         with self.job.stages.quietly(f"{artefact.name}: judge", part="evidence"):
             parity = self._parity(artefact, held_out, noise)
             few = self.truth.few(held_out, noise)
@@ -290,10 +318,10 @@ class Ladder:
             top=self.job.top,
         )
 
-    def _layers(
-        self, artefact: Artefact, runtime: Runtime, path: Path, asked: Asked
+    def layers(
+        self, artefact: Artefact, runtime: Runtime, path: Path, asked: Asked, feed: Feed
     ) -> tuple[tuple[LayerError, ...], str | None]:
-        """Return each layer's own error, or why there are none."""
+        """Return each layer's own error on a batch, or why there are none."""
         import onnx
 
         if asked.emulator is None:
@@ -302,8 +330,6 @@ class Ladder:
             return (), "an engine gives its outputs alone"
         if reason := unreadable(onnx.load(path)):
             return (), reason
-        batch = self.job.profile.batch
-        feed = self.job.feed(min(max(_LAYERED, batch.min), batch.max))
         with TemporaryDirectory() as folder:
             exposed = Path(folder, path.name)
             onnx.save(expose(onnx.load(path)), exposed)
@@ -325,7 +351,7 @@ class Ladder:
         if not fidelity.layers:
             return None
         if asked is self.source and self._is_off(asked):
-            return self._export_cause(asked)
+            return self.export_cause(asked, self.job.feed(2))
         return (
             "with every tensor read out each layer is right, so it is what the runtime makes of "
             "the graph as a whole"
@@ -343,10 +369,10 @@ class Ladder:
                 return True
         return False
 
-    def _export_cause(self, asked: Asked) -> str:
+    def export_cause(self, asked: Asked, feed: Feed) -> str:
         """Name the first layer that was written as something else, or the fold."""
         assert asked.emulator is not None
-        feed, folding = self.job.feed(2), self.truth.folding
+        folding = self.truth.folding
         layers = folding.layer_outputs(feed)
         written = {
             step.writes[0]: layer_name(asked.emulator, step)
@@ -358,7 +384,10 @@ class Ladder:
             values = asked.emulator.run(inputs, watch=list(written))
         for tensor, layer in written.items():
             want = layers.get(layer)
-            off = None if want is None else distance(values[tensor].numpy(), want)
+            if want is None:
+                continue
+            found = values[tensor].numpy()
+            off = distance(found, want) if found.shape == want.shape else math.inf
             if off is not None and off > _EXPORTED:
                 said = f"{folding.writer} wrote {layer!r} as something else than the folded network"
                 return f"{said} has"

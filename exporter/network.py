@@ -27,6 +27,7 @@ from exporter.plugins import load_model
 from exporter.profile import Profile
 from exporter.records import Array, BatchRange, Fate, Feed, OnnxModel, TensorSpec, TopK
 from exporter.reference import TorchSession
+from exporter.sizing import free_sides
 from exporter.to_onnx import export_onnx
 from exporter.weights import AskedWeights, Loaded, WeightsFile, fit_weights
 
@@ -80,11 +81,16 @@ class Network(NamedTuple):
     def start(
         self, weights: AskedWeights | None, inputs: tuple[TensorSpec, ...], profile: Profile
     ) -> NetworkStart:
-        """Return it with its weights and with what the profile fuses. Raises `InputRefused`."""
+        """Return it with its weights, and with what the profile fuses and leaves free.
+
+        Raises `InputRefused`.
+        """
         module, origin, loaded = self.build(weights)
         self.check(module, inputs)
         outputs = outputs_of(self.model)
         module, inputs = fuse(module, inputs, outputs, profile.preprocess, profile.postprocess)
+        last = profile.preprocess.fuse == "nhwc"
+        inputs = free_sides(inputs, profile.size, channels_last=last)
         names = tuple(output.name for output in outputs)
         return NetworkStart(module, inputs, names, (origin, loaded))
 
@@ -186,7 +192,8 @@ class NetworkStart:
 
     def fold(self, example: Example, *, double: bool = False) -> FoldedNetwork:
         module = deepcopy(self.module).double() if double else self.module
-        folded = fold_batchnorm(module, example)
+        free = tuple(spec.free for spec in self.inputs)
+        folded = fold_batchnorm(module, example, free=free)
         return FoldedNetwork(folded.module, self.outputs, folded.fates)
 
 

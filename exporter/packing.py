@@ -14,6 +14,7 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from exporter.axes import shape_at_optimum
 from exporter.records import Array, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def unpack(rows: Any, specs: Sequence[TensorSpec]) -> dict[str, Any]:
     }
 
 
-def inputs_of_graph(graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
-    """Return what a graph takes; a size that it leaves open is 0."""
-    stored = {tensor.name for tensor in graph.initializer}
+def inputs_of_graph(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """Return what a graph takes, in the size it is tuned for; one that it leaves open is 0."""
+    stored = {tensor.name for tensor in model.graph.initializer}
     return tuple(
-        TensorSpec(v.name, tuple(axis.dim_value for axis in v.type.tensor_type.shape.dim[1:]))
-        for v in graph.input
-        if v.name not in stored
+        TensorSpec(value.name, tuple(shape_at_optimum(model, value)))
+        for value in model.graph.input
+        if value.name not in stored
     )

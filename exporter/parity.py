@@ -7,7 +7,7 @@ NaN "agrees" with argmax of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from exporter.contracts import Advance
@@ -85,8 +85,8 @@ def check_same_interface(
 ) -> None:
     """Raise `GraphError` unless a graph declares the reference's inputs and outputs, and no others.
 
-    The batch axis may be free or fixed, and the type must be one of ``dtypes`` where the reference
-    has float32; ``name`` is what the error calls the graph.
+    The batch axis may be free or fixed, every other is as it is there, and the type must be one of
+    ``dtypes`` where the reference has float32; ``name`` is what the error calls the graph.
     """
     stored = {tensor.name for tensor in graph.initializer}
     taken = [value for value in graph.input if value.name not in stored]
@@ -104,11 +104,18 @@ def _asked(specs: Iterable[TensorSpec], dtype: str) -> str:
     return " and ".join(
         _named(
             spec.name,
-            ("N", *map(str, spec.shape)),
+            ("N", *_axes(spec)),
             dtype if spec.dtype == "float32" else spec.dtype,
         )
         for spec in specs
     )
+
+
+def _axes(spec: TensorSpec) -> Iterator[str]:
+    """Yield each axis as `_declared` has it."""
+    names = {axis.axis: repr(axis.name) for axis in spec.free}
+    for axis, size in enumerate(spec.shape):
+        yield names.get(axis, str(size))
 
 
 def _declared(value: onnx.ValueInfoProto) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from exporter import environment
+from exporter.axes import at_optimum
 from exporter.bundle import new_bundle, write_manifest
 from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.data import Data
@@ -45,6 +46,7 @@ from exporter.records import (
     Variant,
 )
 from exporter.renderers import markdown, plots, record
+from exporter.sizes import AskedAt, Sizes
 from exporter.start import FoldedStart
 from exporter.version import TOOL
 from exporter.weights import AskedWeights
@@ -107,9 +109,10 @@ def run(
         fold = _check_fold(job, folded, truth)
         graph = onnx.load(source.path)
         ladder = Ladder(job, truth, Asked.of(job, as_shipped(job, graph), "fp32"))
+        sizes = Sizes.compute(ladder)
         rungs = ladder.first_rungs()
         reference = sessions.enter_context(job.start.single(job.top))
-        bench = _Bench(job, ladder, sessions, timed={job.start.timed: reference})
+        bench = _Bench(job, ladder, sizes, sessions, timed={job.start.timed: reference})
         variants = _variants(job, source, graph, bench)
         latency, doubts = _time(job, bench.timed)
         with job.stages.quietly("write the profile and the plot", part="other"):
@@ -133,6 +136,7 @@ def run(
             stages=job.stages.so_far,
             calibrated=job.calibrated,
             data=job.data.record,
+            sizes=sizes.records,
         )
         (folder / "report.json").write_text(record.render(report), "utf-8")
         (folder / "report.md").write_text(markdown.render(report), "utf-8")
@@ -188,12 +192,12 @@ def _variants(
             onnx.save(made.model, path)
             file = File.of(path, path.parent)
         with job.stages.quietly(f"{name}: count its cost", part="evidence"):
-            cost = count_flops(made.model)
+            cost = count_flops(at_optimum(made.model))
         model = source._replace(path=path, precision=name)
-        asked = bench.ladder.ask(made.model, name)
+        asked = bench.sizes.ask(made.model, name)
         artefacts = tuple(bench.judge(model, asked, *runtime) for runtime in job.runtimes.items())
         with job.stages.quietly(f"{name}: what each layer loses", part="evidence"):
-            losses = bench.ladder.losses(asked, made)
+            losses = bench.ladder.losses(asked.own, made)
         variants.append(
             Variant(
                 precision=name,
@@ -219,13 +223,20 @@ class _Bench:
 
     job: Job
     ladder: Ladder
+    sizes: Sizes
     open_sessions: ExitStack
     timed: dict[str, Session] = field(default_factory=dict)
 
-    def judge(self, model: OnnxModel, asked: Asked, name: str, runtime: Runtime) -> Artefact:
+    def judge(self, model: OnnxModel, asked: AskedAt, name: str, runtime: Runtime) -> Artefact:
         """Build for one runtime, and compare with the truth if it can run here."""
         folder = model.path.parent
-        artefact = Artefact(model.precision, name, None, targets=getattr(runtime, "targets", ()))
+        artefact = Artefact(
+            model.precision,
+            name,
+            None,
+            targets=getattr(runtime, "targets", ()),
+            sizes=self.sizes.unchecked(),
+        )
         start = perf_counter()
         try:
             with self.job.stage(f"{artefact.name}: build", part="engines"):
@@ -247,7 +258,7 @@ class _Bench:
                 return artefact
             with self.job.stages.quietly(f"{artefact.name}: load", part="evidence"):
                 session = self.open_sessions.enter_context(runtime.open(path))
-            judged = self.ladder.judge(artefact, runtime, path, session, asked)
+            judged = self.sizes.judge(artefact, runtime, path, session, asked)
         except ExportError as error:
             return msgspec.structs.replace(artefact, refused=with_hint(error))
         self.timed[artefact.name] = session

@@ -29,6 +29,7 @@ from exporter.records import (
     Preprocess,
     Range,
     Ranges,
+    SizeRange,
     Timing,
     Tolerance,
 )
@@ -63,6 +64,7 @@ class Profile(Asked, frozen=True):
     runtime: dict[str, dict[str, Any]]
     precision: dict[str, PrecisionChoice]
     batch: BatchRange = BatchRange()
+    size: SizeRange = SizeRange()
     timing: Timing = Timing()
     parity: ParityInputs = ParityInputs()
     calibration: Calibration = Calibration()

@@ -29,12 +29,13 @@ from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.live import live_model
 from exporter.onnx_files import check_onnx
-from exporter.packing import unpack
+from exporter.packing import in_words, unpack
 from exporter.parity import check_same_interface
 from exporter.profile import Profile, load_profile
 from exporter.records import Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
+from exporter.sizes import AskedAt, Sizes
 from exporter.weights import AskedWeights
 from exporter.words import quoted
 from exporter.worst_case import Found, Search, search_worst_case
@@ -98,9 +99,10 @@ def check_bundle(
         graph = onnx.load(path)
         asked = Asked.of(job, as_shipped(job, graph), "fp32")
         ladder = Ladder(job, Truth.compute(job, folded), asked)
+        sizes = Sizes.compute(ladder)
         rungs = ladder.first_rungs()
         made = dict(convert_all(job, graph))
-        bundle = _Bundle(job, folder, intact, ladder, search)
+        bundle = _Bundle(job, folder, intact, ladder, sizes, search)
         variants = tuple(_recheck(bundle, v, made[v.precision]) for v in before.variants)
     if bundle.found:
         _save(folder, bundle.found, job.input_specs)
@@ -121,6 +123,7 @@ def check_bundle(
         ),
         stages=job.stages.so_far,
         calibrated=job.calibrated,
+        sizes=sizes.records,
         worst_cases=tuple(found.record for found in bundle.found),
     )
 
@@ -224,7 +227,7 @@ def _check_key(then: str | None, now: str | None) -> None:
 
 
 def _said(tensors: tuple[TensorSpec, ...]) -> str:
-    return " and ".join(f"{one.name!r} N×{'×'.join(map(str, one.shape))}" for one in tensors)
+    return " and ".join(f"{one.name!r} N×{'×'.join(one.said)}" for one in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +238,7 @@ class _Bundle:
     folder: Path
     intact: set[str]
     ladder: Ladder
+    sizes: Sizes
     search: Search | None
     found: list[Found] = field(default_factory=list)
 
@@ -243,21 +247,28 @@ def _recheck(bundle: _Bundle, variant: Variant, made: Converted | ExportError) -
     """Return one precision, each of its artefacts compared anew."""
     if isinstance(made, ExportError):
         return msgspec.structs.replace(variant, artefacts=(), losses=(), refused=with_hint(made))
-    asked = bundle.ladder.ask(made.model, variant.precision)
+    asked = bundle.sizes.ask(made.model, variant.precision)
     artefacts = tuple(_judge(bundle, artefact, asked) for artefact in variant.artefacts)
     return msgspec.structs.replace(
         variant,
         artefacts=artefacts,
-        losses=bundle.ladder.losses(asked, made),
+        losses=bundle.ladder.losses(asked.own, made),
         repairs=made.repairs,
         tensors=made.tensors,
         notes=made.notes,
     )
 
 
-def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
+def _judge(bundle: _Bundle, before: Artefact, asked: AskedAt) -> Artefact:
     """Return one artefact, compared anew, or with the reason why it cannot be."""
-    artefact = msgspec.structs.replace(before, parity=(), rung=None, refused=None, not_run=None)
+    artefact = msgspec.structs.replace(
+        before,
+        parity=(),
+        rung=None,
+        refused=None,
+        not_run=None,
+        sizes=bundle.sizes.unchecked(),
+    )
     runtime = bundle.job.runtimes[artefact.runtime]
     if before.file is None:  # it was refused when the bundle was made
         return before
@@ -267,9 +278,11 @@ def _judge(bundle: _Bundle, before: Artefact, asked: Asked) -> Artefact:
         if reason := runtime.missing("run"):
             return msgspec.structs.replace(artefact, not_run=reason)
         with runtime.open(path) as session:
-            judged = bundle.ladder.judge(artefact, runtime, path, session, asked)
+            judged = bundle.sizes.judge(artefact, runtime, path, session, asked)
             if bundle.search is not None:
-                bundle.found.append(_search(bundle, judged, path, session, asked, bundle.search))
+                bundle.found.append(
+                    _search(bundle, judged, path, session, asked.own, bundle.search)
+                )
             return judged
     except ExportError as error:
         return msgspec.structs.replace(artefact, refused=with_hint(error))
@@ -284,7 +297,7 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
     if not path.is_file():
         raise GraphError(f"{name}: the bundle lacks this file")
     if path.suffix == ".onnx":
-        check_onnx(path, runs=True)
+        _check_runs(path, bundle.job.input_specs)
         check_same_interface(
             read_graph(path),
             name,
@@ -299,6 +312,17 @@ def _check_file(bundle: _Bundle, path: Path) -> None:
             f"{name} is not the file that the manifest lists, and an engine is a program, so it is "
             "not loaded"
         )
+
+
+def _check_runs(path: Path, taken: tuple[TensorSpec, ...]) -> None:
+    """Raise as `check_onnx`, which runs the file once at the largest size that it is for."""
+    try:
+        check_onnx(path, runs=True, sizes={spec.name: spec.largest for spec in taken})
+    except ExportError as error:
+        if not any(spec.free for spec in taken):
+            raise
+        shapes = in_words(spec.largest for spec in taken)
+        raise type(error)(f"for an input of {shapes}, {error}", hint=error.hint) from error
 
 
 def _search(

@@ -23,6 +23,7 @@ Split: TypeAlias = Literal["train", "held-out"]
 HELD_OUT = 360
 MOST = 1797
 MEAN, STD = 0.3056, 0.3763
+FEW, FEW_NOISE = 8, 4  # that fidelity is judged on: it is a figure of many values each
 VARIED = 4  # batches that a timing takes in turn
 _ANOTHER_SCALE = 8.0
 

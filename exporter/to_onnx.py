@@ -1,5 +1,8 @@
 """PyTorch to ONNX, in FP32, with a free batch axis, and nothing in the file but the network.
 
+Height and width are free where the inputs say so, and then the file says their range
+(`exporter.axes`).
+
 The exporter writes source paths and stack traces into node metadata; they are taken out, so that
 the file says nothing of the machine that wrote it and the same network gives the same bytes
 anywhere. What is worth keeping of them is the module each node came from: nodes are named after it.
@@ -15,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from exporter.axes import tell_sides
 from exporter.errors import GraphError
 from exporter.records import BatchRange, OnnxModel, TensorSpec
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # of nodes that ask for a size
 _OUTPUT = "output:"  # what no tensor of PyTorch's is called
 
 
@@ -42,13 +47,14 @@ def export_onnx(
     """Write the network, which takes (N, *input.shape), to ``path``.
 
     ``more_inputs`` are those behind the first, in the order of its forward(), and ``output`` and
-    ``more_outputs`` name what it gives, in its order. Raises `GraphError` if it
-    cannot be exported, or if what was written is not valid ONNX.
+    ``more_outputs`` name what it gives, in its order; their free axes are free in the graph. Raises
+    `GraphError` if it cannot be exported, for every size in its range if some are free, or if what
+    was written is not valid ONNX.
     """
     import onnx
     import torch
 
-    inputs = (input, *more_inputs)
+    inputs, outputs = (input, *more_inputs), (output, *more_outputs)
     example = tuple(  # of two: a batch of 1 would be taken for a constant
         torch.zeros(2, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs
     )
@@ -58,21 +64,22 @@ def export_onnx(
                 module,
                 example,
                 input_names=[spec.name for spec in inputs],
-                output_names=[f"{_OUTPUT}{i}" for i in range(1 + len(more_outputs))],
-                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+                output_names=[f"{_OUTPUT}{i}" for i in range(len(outputs))],
+                dynamic_shapes=_dynamic(inputs),
                 opset_version=opset,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise GraphError(f"torch.onnx cannot export the network: {reason}") from error
+        raise _cannot_export(error) from error
     assert program is not None  # only None when a path is given
     model = program.model_proto
-    _name_outputs(model, [spec.name for spec in (output, *more_outputs)])
+    _name_outputs(model, [spec.name for spec in outputs])
+    _name_axes(model, inputs, outputs)
     name_nodes(model, lambda node: module_of(node) or node.op_type)
     strip(model)
+    tell_sides(model, inputs)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -83,6 +90,57 @@ def export_onnx(
         raise GraphError(f"torch.onnx wrote opset {found} where {opset} was asked for")
     onnx.save(model, path)
     return OnnxModel(path, "fp32", input, output, batch, tuple(more_inputs))
+
+
+def _dynamic(inputs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    """Return the free axes of each input as torch.export takes them, one of a name being one."""
+    from torch.export import Dim
+
+    sides: dict[str, Any] = {}
+    for axis in (axis for spec in inputs for axis in spec.free):
+        times = axis.multiple
+        least, most = axis.min // times, axis.max // times
+        sides[axis.name] = (
+            Dim(axis.name, min=least, max=most)
+            if times == 1
+            else times * Dim(f"{axis.name}_by_{times}", min=least, max=most)
+        )
+    return tuple(
+        {0: "batch"} | {1 + axis.axis: sides[axis.name] for axis in spec.free} for spec in inputs
+    )
+
+
+def _cannot_export(error: Exception) -> GraphError:
+    """Return what torch.onnx said, and of sizes that it cannot leave free which those are."""
+    lines = str(error.__cause__ or error).strip().splitlines()
+    broken = next((line.strip(" -") for line in lines if line.startswith("  - ")), None)
+    if broken is None or "Constraints violated" not in lines[0]:
+        return GraphError(f"torch.onnx cannot export the network: {lines[0]}")
+    return GraphError(
+        f"torch.onnx cannot export the network for every size: {broken.rstrip('.')}",
+        hint="its forward() decides by the size of its input: narrow [size], or leave it out",
+    )
+
+
+def _name_axes(
+    model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """Name the free axes of inputs and outputs. Raises `GraphError` for one that is fixed."""
+    known = {spec.name: spec for spec in (*inputs, *outputs)}
+    for value in (*model.graph.input, *model.graph.output):
+        spec, dims = known[value.name], value.type.tensor_type.shape.dim
+        names = {axis.axis: axis.name for axis in spec.free}
+        if any(spec.free for spec in inputs):
+            for axis, size in enumerate(spec.shape):
+                if axis not in names:
+                    dims[1 + axis].dim_value = size
+                elif dims[1 + axis].HasField("dim_value"):
+                    raise GraphError(
+                        f"torch.onnx wrote {value.name!r} with a fixed {names[axis]} of "
+                        f"{dims[1 + axis].dim_value}"
+                    )
+                else:
+                    dims[1 + axis].dim_param = names[axis]
 
 
 def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
@@ -131,7 +189,8 @@ def module_of(node: onnx.NodeProto) -> str:
     except (SyntaxError, ValueError, MemoryError, RecursionError):  # others write files too
         return ""
     inner = names[:-1] if isinstance(names, list) else []
-    return next((name for name in reversed(inner) if name and isinstance(name, str)), "")
+    modules = (name for name in reversed(inner) if isinstance(name, str) and name != _NO_MODULE)
+    return next(filter(None, modules), "")
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -151,12 +210,15 @@ def strip(model: onnx.ModelProto) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's exporter from writing to stderr: failures are raised, the rest is advice."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    silenced = {"torch.onnx": logging.ERROR, "torch._guards": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in silenced.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)

@@ -13,6 +13,7 @@ from conftest import refused
 from onnx import TensorProto, helper, numpy_helper
 from test_fused import judged_on_pixels
 from test_topk import judged_on_top_k
+from torch import nn
 
 from exporter import plugins
 from exporter.calibration import calibrate
@@ -20,9 +21,11 @@ from exporter.emulation import Emulator
 from exporter.errors import BuildError, InputRefused, ProfileError
 from exporter.fidelity import compare_layers, expose, first_deviation
 from exporter.flops import count_flops
-from exporter.records import BatchRange, OnnxModel, TensorSpec
+from exporter.records import BatchRange, FreeAxis, OnnxModel, SizeRange, TensorSpec
 from exporter.runtimes import _openvino
 from exporter.samples import digits, feeds, noise
+from exporter.sizing import free_sides
+from exporter.to_onnx import export_onnx
 
 MISSING = plugins.load_runtime("openvino", {}).missing("run")
 needed = pytest.mark.skipif(MISSING is not None, reason=f"openvino: {MISSING}")
@@ -77,6 +80,29 @@ def test_fp32_is_computed_in_fp32_where_openvino_left_alone_would_take_bf16(tiny
     assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
     if has_bf16():
         assert set(kernels(tiny_onnx.path)) == {"bf16"}
+
+
+@needed
+def test_a_file_of_free_sides_runs_at_every_size_and_is_profiled_at_the_one_it_is_tuned_for(
+    tmp_path,
+):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1)).eval()
+    (given,) = free_sides((TensorSpec("x", (1, 32, 32)),), SizeRange(min=(16, 16), max=(64, 72)))
+    free = tuple(FreeAxis(axis, f"y_{axis + 1}", 8, 36) for axis in (1, 2))
+    output = TensorSpec("y", (2, 16, 16), free=free)
+    path = tmp_path / "net.onnx"
+    export_onnx(net, path, input=given, output=output, batch=BatchRange(1, 2, 4))
+    runtime = plugins.load_runtime("openvino", {})
+    with runtime.open(path) as session:
+        for size in [(16, 16), (33, 53), (64, 72)]:
+            x = noise((1, *size), count=2, seed=0)
+            with torch.inference_mode():
+                want = net.double()(torch.from_numpy(x).double()).numpy()
+                net.float()
+            got = session({"x": x})["y"]
+            assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+    _, found = runtime.kernels(path, batch=2, runs=1, warmup=0)
+    assert sum(kernel.macs for kernel in found) == 2 * 16 * 16 * (4 * 9 + 2 * 4 * 9)
 
 
 @needed

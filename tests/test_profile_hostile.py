@@ -150,14 +150,14 @@ MALFORMED = {
     # keys
     f"{TOP}schema = 99\n{REST}": (
         "unknown key 'schema' [known: about, batch, calibration, data, model, opset, parity, "
-        "postprocess, precision, preprocess, runtime, timing]"
+        "postprocess, precision, preprocess, runtime, size, timing]"
     ),
     f'{TOP}{REST}[timing]\n"\\u202eruns" = 9\n': (
         "timing: unknown key '\\u202eruns' [did you mean 'runs'?]"
     ),
     f"{TOP}{'k' * 100_000} = 9\n{REST}": (
         f"unknown key '{'k' * 80}'… [known: about, batch, calibration, data, model, opset, parity, "
-        "postprocess, precision, preprocess, runtime, timing]"
+        "postprocess, precision, preprocess, runtime, size, timing]"
     ),
     f"{TOP}batch = {'[' * 40}{']' * 40}\n{REST}": (
         f"batch: expected table, got array, found {'[' * 40}{']' * 40}"

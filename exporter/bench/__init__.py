@@ -95,7 +95,7 @@ def bench_bundles(
         environment=environment.capture(),
         asked=asked,
         timing=timing,
-        samples=tuple(dict.fromkeys(bundle.held_out.origin for bundle in bundles)),
+        samples=tuple(dict.fromkeys(bundle.fed for bundle in bundles)),
         timed=tuple(bench.timed.values()),
         not_timed=tuple(found.not_timed),
         latency=times.latency,

@@ -42,6 +42,13 @@ class Bundle:
     profile: Profile
     held_out: Samples
 
+    @property
+    def fed(self) -> str:
+        """Return what runs are fed, and in which size where others are possible."""
+        sides = self.report.source.input.sides
+        at = "" if sides is None else f" at {' × '.join(map(str, sides))}"
+        return f"{self.held_out.origin}{at}"
+
     @classmethod
     def read(cls, folder: Path, label: str, model: Model | None, data: Data | None) -> Bundle:
         """Return it, with held-out samples of ``data`` or else of its network's own.

@@ -66,6 +66,7 @@ from exporter.fold.affine import (
 )
 from exporter.fold.backwards import push_backwards
 from exporter.fold.copies import fork
+from exporter.fold.exported import Axes
 from exporter.fold.forwards import push_forwards
 from exporter.fold.graph import Graph, Plan, Stays
 from exporter.fold.lifting import BATCHNORM
@@ -102,20 +103,22 @@ def fold_batchnorm(
     example: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     copy_weights: bool = False,
+    free: Sequence[Axes] = (),
 ) -> Folded:
     """Return a copy with every BatchNorm folded that can be, exactly. The argument is left alone.
 
     A BatchNorm that stays does so unchanged, and its fate says why. ``example`` is one input, or
     what forward() takes in its order; with it the shapes are known, which folding into linear
     layers and through reshapes may need, and every fold's error is measured. ``copy_weights`` lets
-    a layer that others use too be copied.
+    a layer that others use too be copied; ``free`` are the axes of each input that have other sizes
+    than in the example, beside the batch.
 
     Raises `GraphError` if the network is in training mode, cannot be copied or traced, or has a
     BatchNorm without running statistics, with non-finite ones, or with σ² + ε ≤ 0.
     """
     dtype = _floating_dtype(module)
     given = None if example is None else _given(example, dtype)
-    traced, uncalled = trace(module, given)
+    traced, uncalled = trace(module, given, free)
     folded = fold_traced(traced, given, dtype, copy_weights=copy_weights)
     fates = (*map(partial(_named_as, module), folded.fates), *uncalled)
     return replace(folded, fates=fates)

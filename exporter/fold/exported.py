@@ -1,10 +1,11 @@
-"""Trace by torch.export, with a free batch axis, and take what it made of a network before."""
+"""Trace by torch.export, with free axes, and take what it made of a network before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -12,25 +13,35 @@ from torch import fx, nn
 from exporter.errors import GraphError
 from exporter.fold.lifting import has_hooks, lift, plain
 from exporter.fold.same import Differs, Example, check_same, quiet
+from exporter.records import FreeAxis
+
+Axes: TypeAlias = tuple[FreeAxis, ...]  # of one input
 
 BATCHES = (1, 2, 3)  # sizes at which a graph is held against its module
 LARGEST = 2**31  # bounds from here on are torch.export's own
 
 
-def by_export(copy: nn.Module, example: Example, kind: str) -> fx.GraphModule:
-    """Trace with a free batch axis."""
+def by_export(
+    copy: nn.Module, example: Example, kind: str, free: Sequence[Axes] = ()
+) -> fx.GraphModule:
+    """Trace with a free batch axis, and of each input the ``free`` ones.
+
+    Raises `GraphError` where the graph is for some of these sizes alone.
+    """
     for name, child in copy.named_modules():
         if has_hooks(child):
             raise GraphError(f"{name} has hooks, which a traced copy would not run")
     if len(example[0]) == 1:  # which would be taken for a constant
         example = tuple(torch.cat([one, one]) for one in example)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's
-    for one in example:
-        shapes[one] = {0: torch.export.Dim.AUTO}
+    for one, axes in zip_longest(example, free, fillvalue=()):
+        places = (0, *(1 + axis.axis for axis in axes))
+        shapes[one] = dict.fromkeys(places, torch.export.Dim.AUTO)
     with quiet(), torch.no_grad(), _len_of_tensors(copy):
         program = torch.export.export(copy, example, dynamic_shapes=shapes, strict=False)
     traced = plain(program.module(check_guards=False), copy, kind)
     _check_free(traced, program.range_constraints, kind)
+    _check_sides(traced, program.range_constraints, kind, free)
     lifted = lift(traced)
     check_same(copy, lifted, example, kind)
     for batch in BATCHES:
@@ -70,6 +81,28 @@ def _check_free(traced: fx.GraphModule, ranges: dict[Any, Any], kind: str) -> No
         if largest.isdecimal() and int(largest) < LARGEST:
             said = f"{kind} was traced by torch.export for at most {largest} at once, {asks}"
             raise GraphError(said)
+
+
+def _check_sides(
+    traced: fx.GraphModule, ranges: dict[Any, Any], kind: str, free: Sequence[Axes]
+) -> None:
+    """Raise `GraphError` if a graph is for some heights or widths alone of those asked for."""
+    inputs = (node for node in traced.graph.nodes if node.op == "placeholder" and not node.args)
+    for node, axes in zip(inputs, free, strict=False):
+        for axis in axes:
+            size = node.meta["val"].shape[1 + axis.axis]
+            fixed = str(size).isdecimal()
+            found = None if fixed else ranges[size.node.expr]
+            if found is not None and found.lower <= axis.min and axis.max <= found.upper:
+                continue
+            takes = f"of {size}" if found is None else f"from {found.lower} on"
+            if found is not None and found.upper < axis.max:
+                takes = f"from {found.lower} to {found.upper}"
+            raise GraphError(
+                f"{kind} was traced by torch.export for a {axis.name} {takes} alone, as its code "
+                f"asks for it, and [size] is {axis.min} to {axis.max}",
+                hint="let its forward() not decide by the size of its input, or narrow [size]",
+            )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from exporter.errors import GraphError
-from exporter.fold.exported import by_export, exported
+from exporter.fold.exported import Axes, by_export, exported
 from exporter.fold.lifting import BATCHNORM, has_hooks, lift, own_forward
 from exporter.fold.same import Example, check_same, first_line, run
 from exporter.fold.shapes import note_shapes
@@ -38,9 +38,11 @@ _Way = Callable[[], fx.GraphModule]
 
 
 def trace(
-    module: nn.Module, example: Example | None = None
+    module: nn.Module, example: Example | None = None, free: Sequence[Axes] = ()
 ) -> tuple[fx.GraphModule, tuple[Fate, ...]]:
     """Return a traced copy, and the fates of the BatchNorms that its graph does not call.
+
+    ``free`` are the axes of each input that are free beside the batch.
 
     Raises `GraphError` if the network is in training mode, is in a form that tracing would not do
     justice to, cannot be copied, or cannot be traced; then with the line that is in the way.
@@ -54,17 +56,19 @@ def trace(
     if is_exported(module):
         traced = exported(copy, module.range_constraints, kind)
     else:
-        traced = _traced(copy, kind, example)
+        traced = _traced(copy, kind, example, free)
     return traced, tuple(_uncalled(copy, traced))
 
 
-def _traced(copy: nn.Module, kind: str, example: Example | None) -> fx.GraphModule:
+def _traced(
+    copy: nn.Module, kind: str, example: Example | None, free: Sequence[Axes]
+) -> fx.GraphModule:
     """Return the first graph that comes about and computes the same."""
     ways: list[_Way] = [partial(_by_fx, copy, example, kind, set())]
     said = f"torch.fx cannot trace {kind}"
     hint: str | None = "give an example input, and torch.export will try"
     if example is not None:
-        ways.append(lambda: by_export(copy_of(copy), example, kind))
+        ways.append(lambda: by_export(copy_of(copy), example, kind, free))
         said, hint = f"neither torch.fx nor torch.export can trace {kind}", None
     ways.append(partial(_around, copy, example, kind))
     failures = []

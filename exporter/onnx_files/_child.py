@@ -5,7 +5,8 @@
 It leaves FOLDER/outcome.json: ``{}``, or what was refused. MEMORY is in bytes, beyond what the
 libraries take. With RUN the path of the model, it is also loaded by ONNX Runtime and run once on
 zeros, a batch of one; RUN is empty for one that is not. SIZES, as ``{"image": [3, 224, 224]}``, are
-what sizes of inputs behind their batch axes are that the model leaves open.
+what sizes of inputs behind their batch axes are that the model leaves open. An axis that the
+model's metadata has a range for (`exporter.axes`) is at its largest without.
 
 It imports nothing of the package but `exporter.limits`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import zip_longest
 from math import prod
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 LARGEST_TENSOR = 4 << 30  # bytes
 _SMALL = 1024  # elements of a constant that may say what a shape is
 _OPEN_FILES = 128
+_RANGE = "size."  # what keys of metadata begin with that are ranges of axes
 _WRITTEN = 1 << 20  # bytes of a file
 
 
@@ -62,6 +65,7 @@ def _without_numbers(model: onnx.ModelProto, sizes: dict[str, list[int]]) -> onn
 
     single = onnx.ModelProto()
     single.CopyFrom(model)
+    told = _told((entry.key, entry.value) for entry in model.metadata_props)
     single.ir_version = max(model.ir_version, 4)  # from which on constants need not be inputs
     graph = single.graph
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -74,10 +78,13 @@ def _without_numbers(model: onnx.ModelProto, sizes: dict[str, list[int]]) -> onn
         if dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = 1
     for value in graph.input:
-        said = sizes.get(value.name, [])
-        for dim, size in zip(value.type.tensor_type.shape.dim[1:], said, strict=False):
+        dims, said = value.type.tensor_type.shape.dim[1:], sizes.get(value.name, [])
+        for dim, size in zip(dims, said, strict=False):
             if not dim.HasField("dim_value"):
                 dim.dim_value = size
+        for dim in dims:
+            if dim.dim_param in told:
+                dim.dim_value = told[dim.dim_param]
     for tensor in stored.values():
         if prod(tensor.dims) <= _SMALL and not tensor.external_data:
             graph.initializer.append(tensor)
@@ -85,6 +92,20 @@ def _without_numbers(model: onnx.ModelProto, sizes: dict[str, list[int]]) -> onn
             info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             graph.input.append(info)
     return single
+
+
+def _told(metadata: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Return the largest size of every axis that metadata has a range for, by its name."""
+    found = {}
+    for key, value in metadata:
+        numbers = value.split()
+        if key.startswith(_RANGE) and len(numbers) == 3 and all(map(_is_size, numbers)):
+            found[key.removeprefix(_RANGE)] = int(numbers[2])
+    return found
+
+
+def _is_size(text: str) -> bool:
+    return len(text) < 10 and text.isascii() and text.isdecimal()
 
 
 def _unknown(graph: onnx.GraphProto) -> Any:
@@ -124,10 +145,13 @@ def run_once(path: str, sizes: dict[str, list[int]]) -> None:
     options.log_severity_level = 4
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {}
+    told = _told(session.get_modelmeta().custom_metadata_map.items())
     for given in session.get_inputs():
         own = [1, *sizes.get(given.name, [])]
-        said = zip_longest(given.shape, own[: len(given.shape)], fillvalue=1)
-        shape = [size if isinstance(size, int) else other for size, other in said]
+        said = zip_longest(given.shape, own[: len(given.shape)], fillvalue=0)
+        shape = [
+            size if isinstance(size, int) else other or told.get(size, 1) for size, other in said
+        ]
         feed[given.name] = np.zeros(shape, _NUMPY.get(given.type, "float32"))
     session.run(None, feed)
 

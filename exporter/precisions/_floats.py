@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from exporter.axes import at_largest
 from exporter.errors import GraphError
 from exporter.precisions._signs import never_negative
 from exporter.records import Array
@@ -69,7 +70,10 @@ BF16 = Half("BF16", 16, (2 - 2.0**-7) * 2.0**127, 2.0**-126, 2.0**-8)
 
 @dataclass(frozen=True, slots=True)
 class Floats:
-    """A graph's FLOAT tensors: shapes, constants, the largest magnitudes, those never below 0."""
+    """A graph's FLOAT tensors: shapes, constants, the largest magnitudes, those never below 0.
+
+    Shapes are those of the largest height and width that the graph takes.
+    """
 
     graph: onnx.GraphProto
     types: Mapping[str, int]
@@ -83,7 +87,7 @@ class Floats:
         """Read a graph. Raises `GraphError` for a tensor without a type, or values not finite."""
         import onnx
 
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        inferred = onnx.shape_inference.infer_shapes(at_largest(model)).graph
         values = (*inferred.input, *inferred.output, *inferred.value_info)
         types = {v.name: int(v.type.tensor_type.elem_type) for v in values}
         types |= {t.name: int(t.data_type) for t in inferred.initializer}

@@ -93,7 +93,7 @@ def _outputs(model: onnx.ModelProto, samples: Array) -> list[Array]:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    inputs = inputs_of_graph(model.graph)
+    inputs = inputs_of_graph(model)
     return [
         part.ravel()
         for sample in samples

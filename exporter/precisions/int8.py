@@ -212,7 +212,7 @@ class Int8(Plugin, frozen=True):
         def recalibrate(
             counted: Array, equalised: onnx.ModelProto, divisors: Mapping[str, Array]
         ) -> Statistics:
-            given = feeds(counted, inputs_of_graph(equalised.graph), size=1)
+            given = feeds(counted, inputs_of_graph(equalised), size=1)
             with progress("int8: calibrate the equalised network", len(counted)) as advance:
                 return divided(statistics, calibrate(equalised, given, advance=advance), divisors)
 

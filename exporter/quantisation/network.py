@@ -83,7 +83,7 @@ class Network:
 
     def given(self, samples: Tensor) -> Values:
         """Return one batch of samples as the inputs they are of, by name."""
-        return dict(unpack(samples, inputs_of_graph(self.model.graph)))
+        return dict(unpack(samples, inputs_of_graph(self.model)))
 
     @property
     def tensors(self) -> tuple[str, ...]:

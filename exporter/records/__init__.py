@@ -10,10 +10,13 @@ from exporter.records.asked import (
     FEW_IMAGES,
     LEAST_IMAGES,
     SEED,
+    SIDES,
     THREADS,
     BatchRange,
     Calibration,
+    FreeAxis,
     ParityInputs,
+    SizeRange,
     TensorSpec,
     Timing,
     Tolerance,
@@ -65,6 +68,7 @@ from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
 from exporter.records.report import Artefact, FoldRecord, Part, Report, Source, Stage, Variant
 from exporter.records.roofline import Bandwidth, Ceilings, Kernel, Roofline
+from exporter.records.size import SizeCheck, SizeRecord
 from exporter.records.tune import Budget, Candidate, Objective, Sensitivity, TuneReport, worst_of
 from exporter.records.worth import Comparison, Recommendation
 
@@ -73,6 +77,7 @@ __all__ = [
     "LEAST_IMAGES",
     "SCHEMA",
     "SEED",
+    "SIDES",
     "THREADS",
     "Array",
     "Artefact",
@@ -110,6 +115,7 @@ __all__ = [
     "Flip",
     "FoldRecord",
     "Found",
+    "FreeAxis",
     "Gpu",
     "Gradients",
     "Kernel",
@@ -136,6 +142,9 @@ __all__ = [
     "Roofline",
     "Rung",
     "Sensitivity",
+    "SizeCheck",
+    "SizeRange",
+    "SizeRecord",
     "Source",
     "Stage",
     "Standing",

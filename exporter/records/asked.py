@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from exporter.records.base import MOST_THREADS, Asked, Found, Range, Ranges
@@ -12,21 +12,72 @@ LEAST_IMAGES = 8  # to calibrate on
 FEW_IMAGES = 32  # from which on a scale is not in doubt for their number
 MOST_IMAGES = 1_000_000
 LARGEST_BATCH = 65_536
+LARGEST_SIDE = 65_536
+SIDES = ("height", "width")  # what the free axes of inputs are called
 THREADS = Range(0, MOST_THREADS)  # libraries crash on absurd ones
 SEED = Range(0, (1 << 32) - 1)  # what seeds every generator alike
 
 
+class FreeAxis(Found, frozen=True):
+    """An axis whose size a graph leaves open: its place in a shape, its name, and its range.
+
+    Sizes within the range are multiples of ``multiple``. An input's are ``height`` and ``width``.
+    """
+
+    axis: int
+    name: str
+    min: int
+    max: int
+    multiple: int = 1
+
+
 class TensorSpec(Found, frozen=True):
-    """A tensor's name and shape, without the batch axis, which always comes first."""
+    """A tensor's name and shape, without the batch axis, which always comes first.
+
+    Where axes are ``free``, the shape is the one that engines are tuned for.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    free: tuple[FreeAxis, ...] = ()
 
     @property
     def has_classes(self) -> bool:
         """Return whether a sample's values may be those of classes: they lie along one axis."""
-        return len(self.shape) == 1
+        return len(self.shape) == 1 and not self.free
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Return the shape with every free axis at its smallest."""
+        return self._with({axis.axis: axis.min for axis in self.free})
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """Return the shape with every free axis at its largest."""
+        return self._with({axis.axis: axis.max for axis in self.free})
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Return each axis in words: its size, or from which to which."""
+        ranges = {axis.axis: f"{axis.min}–{axis.max}" for axis in self.free}
+        return tuple(ranges.get(i, str(size)) for i, size in enumerate(self.shape))
+
+    @property
+    def first_side(self) -> int | None:
+        """Return which axis is the height, the next being the width; None where none is free."""
+        return next((axis.axis - SIDES.index(axis.name) for axis in self.free), None)
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Return the height and width of an input of which one is free."""
+        if self.first_side is None:
+            return None
+        height, width = self.shape[self.first_side : self.first_side + 2]
+        return height, width
+
+    def _with(self, sizes: Mapping[int, int]) -> tuple[int, ...]:
+        return tuple(sizes.get(i, size) for i, size in enumerate(self.shape))
 
 
 class TopK(Found, frozen=True):
@@ -71,6 +122,48 @@ class BatchRange(Asked, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.min} to {self.max}, tuned for {self.opt}"
+
+
+class SizeRange(Asked, frozen=True, omit_defaults=True):
+    """The heights and widths that one artefact must serve: ``min`` and ``max`` are [H, W].
+
+    Each side is a multiple of ``multiple``. Without both, the size is that of the input alone, and
+    with them that is the size which engines are tuned for.
+    """
+
+    min: tuple[int, int] | None = None
+    max: tuple[int, int] | None = None
+    multiple: int = 1
+
+    RANGES: ClassVar[Ranges] = {name: Range(1, LARGEST_SIDE) for name in ("min", "max", "multiple")}
+
+    def __post_init__(self) -> None:
+        Asked.__post_init__(self)
+        if self.min is None or self.max is None:
+            if (self.min, self.max, self.multiple) != (None, None, 1):
+                raise ValueError("min and max, both [H, W], belong together, and one is missing")
+            return
+        if self.min == self.max:
+            raise ValueError(f"min and max must differ, found {list(self.min)} twice")
+        for name, low, high in zip(SIDES, self.min, self.max, strict=True):
+            if low > high:
+                raise ValueError(f"need min <= max in each side, found a {name} of {low} to {high}")
+            for side in (low, high):
+                if side % self.multiple:
+                    raise ValueError(
+                        f"min and max must be multiples of {self.multiple}, found {side}"
+                    )
+
+    @property
+    def is_free(self) -> bool:
+        return self.min is not None
+
+    def __str__(self) -> str:
+        """Return the range in words, as heights and widths."""
+        assert self.min is not None  # asked of a range alone
+        assert self.max is not None
+        step = f", in multiples of {self.multiple}" if self.multiple > 1 else ""
+        return f"{self.min[0]} × {self.min[1]} to {self.max[0]} × {self.max[1]}{step}"
 
 
 class Timing(Asked, frozen=True):

@@ -16,6 +16,7 @@ from exporter.records.latency import Latency
 from exporter.records.made import Fate, File
 from exporter.records.quality import Parity
 from exporter.records.quantised import Quantised, Repair
+from exporter.records.size import SizeCheck, SizeRecord
 from exporter.records.worth import Comparison, Recommendation, recommend
 
 # What a stage is for: making the graphs, building engines from them, showing that they compute what
@@ -28,7 +29,8 @@ class Artefact(Found, frozen=True):
     """What one runtime runs for one precision: the ONNX file itself, or an engine made from it.
 
     ``not_run`` says why it could not be executed here, ``refused`` why it could not be made;
-    ``execution`` is None where no layer asks for fewer bits than 32.
+    ``execution`` is None where no layer asks for fewer bits than 32. ``sizes`` are those at which
+    it is checked beside the one that it is tuned for.
     """
 
     precision: str
@@ -42,6 +44,7 @@ class Artefact(Found, frozen=True):
     parity: tuple[Parity, ...] = ()
     rung: Rung | None = None
     execution: Execution | None = None
+    sizes: tuple[SizeCheck, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,19 +56,22 @@ class Artefact(Found, frozen=True):
             return (self.refused,)
         unfaithful = self.rung.fidelity.failures if self.rung and self.rung.fidelity else ()
         missed = (failure for parity in self.parity for failure in parity.failures)
-        return (*unfaithful, *missed)
+        elsewhere = (failure for size in self.sizes for failure in size.failures)
+        return (*unfaithful, *missed, *elsewhere)
 
     @property
     def unproven(self) -> tuple[str, ...]:
-        return tuple(phrase for parity in self.parity for phrase in parity.unproven)
+        every = (*self.parity, *(parity for size in self.sizes for parity in size.parity))
+        return tuple(phrase for parity in every for phrase in parity.unproven)
 
     @property
     def fidelity(self) -> Verdict:
-        """Return whether it computes the graph that was asked for."""
+        """Return whether it computes the graph that was asked for, at every size."""
         if self.refused:
             return "fail"
         found = self.rung.fidelity if self.rung else None
-        return found.verdict if found else "not checked"
+        own = found.verdict if found else "not checked"
+        return whole((own, *(size.faithful for size in self.sizes)))
 
     @property
     def quality(self) -> Verdict:
@@ -76,7 +82,7 @@ class Artefact(Found, frozen=True):
         for index, parity in enumerate(self.parity):
             on = index if parity.output is None else parity.inputs
             outputs.setdefault(on, []).append(parity.verdict)
-        return worst(map(whole, outputs.values()))
+        return worst((*map(whole, outputs.values()), *(size.quality for size in self.sizes)))
 
     @property
     def verdict(self) -> Verdict:
@@ -203,6 +209,7 @@ class Report(Found, frozen=True):
 
     ``doubts`` are reasons not to trust figures that are in it, one sentence each; ``calibrated`` is
     None where no scale was calibrated, and ``data`` where the model's own samples were used.
+    ``sizes`` are those at which everything is checked beside the input's own.
     """
 
     schema: int
@@ -221,6 +228,7 @@ class Report(Found, frozen=True):
     worst_cases: tuple[WorstCase, ...] = ()
     calibrated: Convergence | None = None
     data: DataRecord | None = None
+    sizes: tuple[SizeRecord, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -250,6 +258,7 @@ class Report(Found, frozen=True):
         unmade += tuple(
             f"{r.name}: {why}" for r in self.rungs if r.fidelity for why in r.fidelity.failures
         )
+        unmade += tuple(why for size in self.sizes for why in size.failures)
         return unmade + tuple(f"{a.name}: {why}" for a in self.artefacts for why in a.failures)
 
     @property

@@ -83,10 +83,16 @@ def _least(found: Sequence[Parity]) -> tuple[str, str, str]:
         return min((value for value in values if value is not None), default=None)
 
     return (
-        decibels(least(parity.sqnr_db for parity in held_out)),
+        least_sqnr(held_out),
         share(least(parity.agreement for parity in held_out)),
         share(least(parity.accuracy for parity in held_out)),
     )
+
+
+def least_sqnr(found: Iterable[Parity]) -> str:
+    """Return the SQNR of the output that is worst off."""
+    known = (parity.sqnr_db for parity in found)
+    return decibels(min((value for value in known if value is not None), default=None))
 
 
 def verdict(artefact: Artefact, said: Verdict) -> str:

@@ -60,6 +60,8 @@ def findings(report: Report) -> Iterator[str]:
     for rung in report.rungs:
         if rung.fidelity:
             yield from (f"{rung.name}: {why}" for why in rung.fidelity.failures)
+    for size in report.sizes:
+        yield from size.failures
     for variant in report.variants:
         if variant.refused:
             yield f"{variant.precision}: {variant.refused}"

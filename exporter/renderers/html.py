@@ -29,7 +29,7 @@ _VERDICTS = ("fidelity", "quality")
 def summary(report: Report, folder: Path) -> str:
     """Return it, compact; the whole report lies in the folder."""
     source = report.source
-    shape = "×".join(map(str, source.input.shape))
+    shape = "×".join(source.input.said)
     said = [
         *(f"missed: {failure}" for failure in report.failures),
         *(f"not enough evidence: {phrase}" for phrase in report.unproven),

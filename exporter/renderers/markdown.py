@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from exporter.records import Artefact, Cost, Parity, Report, Source, TensorSpec
+from exporter.records import Artefact, Cost, Parity, Report, SizeRecord, Source, TensorSpec
 from exporter.renderers import _data as data
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
 from exporter.renderers import _latency as latency
 from exporter.renderers import _quantised as quantised
+from exporter.renderers import _sizes as sizes
 from exporter.renderers import _stages as stages
 from exporter.renderers import plots
 
@@ -31,6 +32,7 @@ def render(report: Report) -> str:
         _losses(report),
         _quantised(report),
         _parity(report),
+        _sizes(report),
         _calibration(report),
         _fold(report),
         _cost(report),
@@ -74,7 +76,7 @@ def _head(report: Report) -> list[str]:
 
 
 def _named(what: str, specs: Sequence[TensorSpec]) -> str:
-    found = (f"{_escape(spec.name)} {'×'.join(map(str, ('N', *spec.shape)))}" for spec in specs)
+    found = (f"{_escape(spec.name)} {'×'.join(('N', *spec.said))}" for spec in specs)
     return f"{what}{'s' if len(specs) > 1 else ''} {', '.join(found)}"
 
 
@@ -282,6 +284,35 @@ def _not_run(report: Report) -> list[str]:
     ]
 
 
+def _sizes(report: Report) -> list[str]:
+    """Show every artefact at each size that was checked, where height or width are free."""
+    own = sizes.optimum(report)
+    if own is None:
+        return []
+    counts = next((f"{s.samples} held-out samples" for s in report.sizes), "no sample")
+    drawn = next((f"{s.noise} of noise" for s in report.sizes), "none of noise")
+    folds = ", ".join(f"{_fold_error(s)} at {s.name}" for s in report.sizes)
+    return [
+        "## Sizes: is it right at every height and width?",
+        "",
+        *_table(sizes.HEADS, sizes.rows(report)),
+        "",
+        f"Engines are tuned for {own}, where cost and latency are taken, and all samples are "
+        f"compared. At the other sizes {counts} are resized (bilinear, smoothed), and {drawn} are "
+        "drawn; each artefact is held to the same gate of fidelity, from the emulation of its "
+        "graph in that size, and compared with the network in float64. The profile's gates on "
+        f"tensors hold there too; {sizes.LABELS}. Between these sizes nothing was run.",
+        "",
+        f"Folded against unfolded, both in float64: relative L2 {folds}.",
+    ]
+
+
+def _fold_error(size: SizeRecord) -> str:
+    if size.float64_rel_l2 is None:
+        return "not finite" if size.refused is None else "not checked"
+    return f"{size.float64_rel_l2:.1e}"
+
+
 def _calibration(report: Report) -> list[str]:
     found = report.calibrated
     if found is None:
@@ -348,6 +379,7 @@ def _cost(report: Report) -> list[str]:
     return [
         "## Cost of one sample",
         "",
+        *_at_optimum(report, "One sample of"),
         "Counted on the deployed graphs, after folding; a multiply-accumulate (MAC) is two FLOPs. "
         "Activation bytes are what the nodes write, summed; DequantizeLinear is taken to be read "
         "where it stands, and writes none. Peak bytes are of the activations that exist at once, "
@@ -360,6 +392,12 @@ def _cost(report: Report) -> list[str]:
         "",
         *_layers(first),
     ]
+
+
+def _at_optimum(report: Report, what: str) -> list[str]:
+    """Say which size figures are of, where there are others."""
+    own = sizes.optimum(report)
+    return [] if own is None else [f"{what} {own}, which engines are tuned for.", ""]
 
 
 def _layers(cost: Cost) -> list[str]:
@@ -387,6 +425,7 @@ def _latency(report: Report) -> list[str]:
     return [
         "## Latency",
         "",
+        *_at_optimum(report, "Pictures of"),
         latency.method(report.profile["timing"], rounds),
         "",
         *_table(latency.HEADS, map(latency.row, report.latency)),

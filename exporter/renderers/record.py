@@ -10,7 +10,18 @@ from typing import Any
 import msgspec
 
 from exporter.errors import InputRefused
-from exporter.records import SCHEMA, Artefact, Cost, Execution, Found, Parity, Report, Rung
+from exporter.records import (
+    SCHEMA,
+    Artefact,
+    Cost,
+    Execution,
+    Fidelity,
+    Found,
+    Parity,
+    Report,
+    Rung,
+    SizeCheck,
+)
 from exporter.renderers import _latency
 
 
@@ -34,6 +45,8 @@ def render(report: Report) -> str:
             part |= _artefact(artefact, part)
     for rung, entry in zip(report.rungs, table["rungs"], strict=True):
         _rung(rung, entry)
+    for size, entry in zip(report.sizes, table["sizes"], strict=True):
+        entry["failures"] = list(size.failures)
     for latency, entry in zip(report.latency, table["latency"], strict=True):
         entry |= _latency.to_builtins(latency)
     if report.calibrated:
@@ -65,6 +78,8 @@ def _artefact(artefact: Artefact, part: dict[str, Any]) -> dict[str, Any]:
         _rung(artefact.rung, part["rung"])
     if artefact.execution:
         part["execution"] |= _execution(artefact.execution)
+    for size, entry in zip(artefact.sizes, part["sizes"], strict=True):
+        _size(size, entry)
     return {
         "name": artefact.name,
         "verdict": artefact.verdict,
@@ -101,11 +116,27 @@ def _parity(parity: Parity) -> dict[str, Any]:
 
 def _rung(rung: Rung, entry: dict[str, Any]) -> None:
     if rung.fidelity:
-        entry["fidelity"] |= {
-            "verdict": rung.fidelity.verdict,
-            "multiple": rung.fidelity.multiple,
-            "failures": list(rung.fidelity.failures),
-        }
+        entry["fidelity"] |= _fidelity(rung.fidelity)
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {
+        "verdict": fidelity.verdict,
+        "multiple": fidelity.multiple,
+        "failures": list(fidelity.failures),
+    }
+
+
+def _size(size: SizeCheck, entry: dict[str, Any]) -> None:
+    for parity, part in zip(size.parity, entry["parity"], strict=True):
+        part |= _parity(parity)
+    if size.fidelity:
+        entry["fidelity"] |= _fidelity(size.fidelity)
+    entry |= {
+        "faithful": size.faithful,
+        "quality": size.quality,
+        "failures": list(size.failures),
+    }
 
 
 def cost_figures(cost: Cost) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from exporter.records import Comparison, Report
 from exporter.renderers import _execution as execution
 from exporter.renderers import _figures as figures
+from exporter.renderers import _sizes as sizes
 from exporter.renderers import _stages as stages
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def render(report: Report, folder: Path) -> RenderableType:
         *(Text(line, style=COLOURS["not checked"]) for line in not_run(report)),
         *(Text(f"{a.name}: {note}") for a in report.artefacts for note in a.notes),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
+        *(Text(line) for line in sizes.lines(report)),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in execution.happened(a)),
         *(Text(execution.compared(report, one)) for one in _with_fp32(report)),
         *(Text(f"missed: {failure}", style=COLOURS["fail"]) for failure in report.failures),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from exporter.records import Report
 from exporter.renderers import _figures as figures
 from exporter.renderers import _ladder as ladder
+from exporter.renderers import _sizes as sizes
 from exporter.renderers.terminal import COLOURS, not_run
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def render(report: Report) -> RenderableType:
         Text(""),
         *(Text(line, style=COLOURS["not checked"]) for line in not_run(report)),
         *(Text(f"{a.name}: {line}") for a in report.artefacts for line in figures.shown(a)),
+        *(Text(line) for line in sizes.lines(report)),
         *(Text(ladder.worst(case)) for case in report.worst_cases),
         *(Text(line, style=COLOURS["fail"]) for line in ladder.findings(report)),
         *(

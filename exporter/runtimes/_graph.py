@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.errors import BuildError
+from exporter.axes import shape_at_optimum
+from exporter.errors import BuildError, InputRefused
 
 if TYPE_CHECKING:
     import onnx
@@ -28,6 +29,31 @@ def read_graph(path: Path) -> onnx.GraphProto:
     if not graph.input or not graph.output:
         raise BuildError(f"{path.name}: not an ONNX model with an input and an output")
     return graph
+
+
+def shapes_to_run(path: Path, batch: int) -> dict[str, tuple[int, ...]]:
+    """Return each input's shape for a batch, in the size that a graph is tuned for, by its name.
+
+    Raises `InputRefused` for a graph of another batch, or one that leaves another size open.
+    """
+    import onnx
+
+    model, found = onnx.load(path), {}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for value in (value for value in model.graph.input if value.name not in stored):
+        first, *rest = value.type.tensor_type.shape.dim
+        if first.HasField("dim_value") and first.dim_value != batch:
+            raise InputRefused(f"{path.name} takes a batch of {first.dim_value}, not of {batch}")
+        sizes = shape_at_optimum(model, value)
+        if 0 in sizes:
+            name = rest[sizes.index(0)].dim_param
+            raise InputRefused(
+                f"{path.name} leaves {name or 'an axis'!r} of {value.name!r} open, and says "
+                "not which size it is tuned for",
+                hint="export it in one size, or with [size] in a profile",
+            )
+        found[value.name] = (batch, *sizes)
+    return found
 
 
 def has_half_scales(graph: onnx.GraphProto) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
 from exporter.cores import usable_cores
-from exporter.errors import BuildError, InputRefused
+from exporter.errors import BuildError
 from exporter.records import THREADS, Array, Execution, Feed, Kernel, OnnxModel, Outputs, Ranges
 from exporter.runtimes import _ort_audit
 from exporter.runtimes._asked import asked_layers
@@ -22,6 +22,7 @@ from exporter.runtimes._graph import (
     has_half_scales,
     is_quantised,
     read_graph,
+    shapes_to_run,
 )
 from exporter.runtimes._ort_kernels import computing_nodes, kernel_times
 from exporter.samples import noise
@@ -146,13 +147,11 @@ class OnnxRuntime(Plugin, frozen=True):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._load(path, options)
-            feed = {}
+            feed, shapes = {}, shapes_to_run(path, batch)
             for seed, given in enumerate(session.get_inputs()):
-                first, *rest = given.shape
-                if isinstance(first, int) and first != batch:
-                    raise InputRefused(f"{path.name} takes a batch of {first}, not of {batch}")
+                _, *rest = shapes[given.name]
                 kind = "uint8" if given.type == "tensor(uint8)" else "float32"
-                feed[given.name] = noise(rest, count=batch, seed=seed, dtype=kind)
+                feed[given.name] = noise(tuple(rest), count=batch, seed=seed, dtype=kind)
             opened = OrtSession(session, self.device, self._thread_count())
             for _ in range(warmup + runs):
                 opened(feed)

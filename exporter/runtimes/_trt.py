@@ -115,8 +115,12 @@ class TensorRt(Plugin, frozen=True):
         shapes = builder.create_optimization_profile()
         batch = model.batch
         for spec in model.inputs:
-            sizes = (batch.min, batch.opt, batch.max)
-            shapes.set_shape(spec.name, *((size, *spec.shape) for size in sizes))
+            sizes = (
+                (batch.min, *spec.smallest),
+                (batch.opt, *spec.shape),
+                (batch.max, *spec.largest),
+            )
+            shapes.set_shape(spec.name, *sizes)
         if config.add_optimization_profile(shapes) < 0:
             raise self._refused(model.path, said.errors)
         plan = builder.build_serialized_network(network, config)
@@ -207,7 +211,7 @@ class _EngineSession:
             if not self.context.set_input_shape(name, value.shape):
                 raise BuildError(
                     f"the engine does not take an input of shape {tuple(value.shape)}",
-                    hint="its batch range was set by [batch] in the profile",
+                    hint="its ranges were set by [batch] and [size] in the profile",
                 )
             address = self.buffers.at(name, value.nbytes)
             self._copy(address, value.ctypes.data, value.nbytes, "HostToDevice")

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from exporter.contracts import Action, Identity, Plugin, Session
-from exporter.errors import BuildError, InputRefused, RuntimeMissing
+from exporter.errors import BuildError, RuntimeMissing
 from exporter.records import THREADS, Execution, Feed, Kernel, OnnxModel, Outputs, Ranges
 from exporter.runtimes._asked import asked_layers
-from exporter.runtimes._graph import has_float8, read_graph
+from exporter.runtimes._graph import has_float8, read_graph, shapes_to_run
 from exporter.runtimes._openvino import executed, kernel_times
 from exporter.samples import noise
 
@@ -125,7 +125,7 @@ class OpenVino(Plugin, frozen=True):
         yield _Session(self._compiled(path), path.name)
 
     def _compiled(self, path: Path, *, profiled: bool = False, batch: int | None = None) -> Any:
-        """Return the compiled model, for one batch size if that is given.
+        """Return the compiled model, for one batch size if that is given, and one size.
 
         Raises `BuildError` where it is not what was asked for.
         """
@@ -141,7 +141,7 @@ class OpenVino(Plugin, frozen=True):
         try:
             model = core.read_model(path)
             if batch is not None:
-                _fix_batch(model, batch, path.name)
+                model.reshape({n: list(s) for n, s in shapes_to_run(path, batch).items()})
             compiled = core.compile_model(model, self.device, options)
         except RuntimeError as error:
             raise BuildError(f"openvino refused {path.name}: {_said(error)}") from error
@@ -208,16 +208,6 @@ class _Bound:
             output.any_name: _as_numbers(self.request.get_tensor(output).data.copy(), output)
             for output in self.compiled.outputs
         }
-
-
-def _fix_batch(model: Any, batch: int, name: str) -> None:
-    """Give every input one batch size. Raises `InputRefused` for a file of another one."""
-    for port in model.inputs:
-        shape = port.partial_shape
-        if shape[0].is_static and shape[0].get_length() != batch:
-            raise InputRefused(f"{name} takes a batch of {shape[0].get_length()}, not of {batch}")
-        shape[0] = batch
-        model.reshape({port: shape})
 
 
 def _as_numbers(value: Any, port: Any) -> Any:

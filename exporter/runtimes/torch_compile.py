@@ -12,16 +12,17 @@ from typing import Any
 from exporter.contracts import Action, Bound, Session
 from exporter.errors import BuildError
 from exporter.records import Feed, Outputs
-from exporter.runtimes._graph import read_graph
+from exporter.runtimes._graph import read_graph, shapes_to_run
 from exporter.runtimes._torch import PyTorch, Run, TorchGraph
 
 
 class TorchCompile(PyTorch, frozen=True):
     """PyTorch with ``torch.compile``: ``freezing`` makes the weights constants it may rearrange.
 
-    ``threads`` and ``channels_last`` as for eager PyTorch. Code is compiled for one batch size: for
-    the smallest that the file takes when it is loaded, so that compiling is in the time to load,
-    and for others when they are first bound, which is before any clock starts.
+    ``threads`` and ``channels_last`` as for eager PyTorch. Code is compiled for one batch size, and
+    one size of pictures: for the smallest batch that the file takes when it is loaded, so that
+    compiling is in the time to load, and for others when they are first bound, which is before any
+    clock starts.
     """
 
     freezing: bool = True
@@ -103,14 +104,12 @@ class _Compiled:
 
 
 def _smallest(path: Path) -> Feed:
-    """Return zeros of the smallest batch that the file takes."""
+    """Return zeros of the smallest batch that the file takes, in the size that it is tuned for."""
     import numpy as np
 
-    feed = {}
-    for value in read_graph(path).input:
-        sizes = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
-        feed[value.name] = np.zeros(sizes, np.float32)
-    return feed
+    first = read_graph(path).input[0].type.tensor_type.shape.dim[0]
+    shapes = shapes_to_run(path, first.dim_value or 1)
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 PLUGIN = TorchCompile

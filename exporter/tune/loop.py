@@ -10,6 +10,7 @@ from time import perf_counter
 import msgspec
 
 from exporter import environment
+from exporter.axes import at_optimum
 from exporter.contracts import Session
 from exporter.errors import BuildError, GraphError, with_hint
 from exporter.flops import count_flops
@@ -117,7 +118,7 @@ class Search:
         by_size = budget.objective == "size" or (
             budget.objective == "sqnr" and budget.max_latency is None
         )
-        layers = count_flops(self.bench.graph).layers
+        layers = count_flops(at_optimum(self.bench.graph)).layers
         return {layer.name: layer.parameters if by_size else layer.macs for layer in layers}
 
     def _bisect(self, order: list[str], suffix: str) -> None:

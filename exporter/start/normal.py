@@ -242,7 +242,7 @@ def _gives(model: onnx.ModelProto, batch: int | None) -> tuple[TensorSpec, ...]:
 
     Raises `InputRefused`, and `GraphError` as that run.
     """
-    emulator, specs = Emulator.of(model), inputs_of_graph(model.graph)
+    emulator, specs = Emulator.of(model), inputs_of_graph(model)
     samples = _SAMPLES if batch != _SAMPLES else _SAMPLES + 1
     try:
         found = _shapes(emulator, specs, samples)

@@ -55,7 +55,7 @@ def compute_shapes(model: onnx.ModelProto) -> int:
         return 0
     shaped = [n for n in graph.node if n.op_type == "Reshape" and n.input[1] in asked]
     found = [
-        _run(emulator, graph, size, [*asked, *(node.input[0] for node in shaped)])
+        _run(emulator, model, size, [*asked, *(node.input[0] for node in shaped)])
         for size in _BATCHES
     ]
     for node in shaped:
@@ -99,9 +99,9 @@ def _of_shapes(emulator: Emulator) -> list[str]:
 
 
 def _run(
-    emulator: Emulator, graph: onnx.GraphProto, size: int, watch: Sequence[str]
+    emulator: Emulator, model: onnx.ModelProto, size: int, watch: Sequence[str]
 ) -> Mapping[str, Tensor]:
-    zeros = {spec.name: torch.zeros(size, *spec.shape) for spec in inputs_of_graph(graph)}
+    zeros = {spec.name: torch.zeros(size, *spec.shape) for spec in inputs_of_graph(model)}
     with torch.inference_mode():
         return emulator.run(zeros, watch=watch)
 

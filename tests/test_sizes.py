@@ -768,6 +768,29 @@ def test_pixels_are_taken_at_every_size_with_the_channels_last(tmp_path):
     assert off(got, want) < 1e-5
 
 
+def test_the_largest_scores_are_judged_at_every_size(tmp_path):
+    asked = {"fp32": {"tolerance": {"sqnr_db": 100.0}}, "int8": INT8}
+    folder = tmp_path / "build"
+    chosen = profile(postprocess={"top_k": 3}, precision=asked)
+    report = exporter.run(module("Labels"), chosen, folder)
+    assert not report.failures
+    assert {size.faithful for a in report.artefacts for size in a.sizes} == {"pass"}
+    inputs = pictures((20, 61))
+    want = torch.topk(torch.from_numpy(exact(sized.make("Labels"), inputs)["output"]), 3)
+    path = folder / "labels.fp32.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    values, labels = session.run(None, {"input": inputs})
+    assert off(values, want.values.numpy()) < 1e-6
+    assert np.array_equal(labels, want.indices.numpy())
+    model = onnx.load(path)
+    (last,) = (node for node in model.graph.node if node.op_type == "TopK")
+    last.attribute.append(onnx.helper.make_attribute("largest", 0))
+    onnx.save(model, path)
+    broken, whole = exporter.check_bundle(folder, model=sized.make("Labels")).artefacts
+    assert {size.faithful for size in broken.sizes} == {"fail"}
+    assert {size.faithful for size in whole.sizes} == {"pass"}
+
+
 def test_two_pictures_share_the_size(tmp_path):
     shapes = {"picture": (3, 32, 32), "flow": (2, 32, 32)}
     generator = np.random.default_rng(0)

@@ -13,7 +13,7 @@ export: .venv/ready-$(PROFILE)    ## MODEL into build/, in every precision of PR
 	$(BIN)/resnet-export --model $(MODEL) --profile $(PROFILE) --out build
 
 test: .venv/ready-dev    ## everything this machine can run; what it cannot is skipped with the reason
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready-dev    ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -139,5 +139,8 @@ def refused(
 
 
 def pytest_collection_modifyitems(items):
-    """Let what loads OpenVINO come last: an interrupt in a process that has used it ends it."""
+    """Let what loads OpenVINO come last: an interrupt in a process that has used it ends it.
+
+    pytest-xdist keeps that order with --no-loadscope-reorder.
+    """
     items.sort(key=lambda item: item.path.name in ("test_doctor.py", "test_openvino.py"))

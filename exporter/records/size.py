@@ -9,7 +9,16 @@ from exporter.records.quality import Parity
 FOLD_LIMIT = 1e-9  # of the fold in float64, relative L2: rounding stays far below it
 
 
-class SizeRecord(Found, frozen=True):
+class _AtSize(Found, frozen=True):
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.height} × {self.width}"
+
+
+class SizeRecord(_AtSize, frozen=True):
     """The network itself at one height and width: what the artefacts are compared with there.
 
     ``samples`` are held-out ones in that size, and ``noise`` is drawn in it; ``float64_rel_l2``
@@ -18,17 +27,11 @@ class SizeRecord(Found, frozen=True):
     says why one of the two could not be run.
     """
 
-    height: int
-    width: int
     samples: int
     noise: int
     float64_rel_l2: float | None = None
     graph: Fidelity | None = None
     refused: str | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.height} × {self.width}"
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -42,7 +45,7 @@ class SizeRecord(Found, frozen=True):
         return tuple(f"at {self.name}: {why}" for why in bad)
 
 
-class SizeCheck(Found, frozen=True):
+class SizeCheck(_AtSize, frozen=True):
     """One artefact at one height and width: as at the size it is tuned for, on fewer samples.
 
     ``parity`` has no figures of classes, since pictures in another size are not the held-out ones.
@@ -50,15 +53,9 @@ class SizeCheck(Found, frozen=True):
     fidelity it did not run.
     """
 
-    height: int
-    width: int
     parity: tuple[Parity, ...] = ()
     fidelity: Fidelity | None = None
     refused: str | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.height} × {self.width}"
 
     @property
     def failures(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
 from exporter.latency import measure_latency
+from exporter.live import usual_torch
 from exporter.parity import compare_outputs
 from exporter.profile import Profile
 from exporter.records import (
@@ -58,6 +59,7 @@ _USEFUL = 0.5  # accuracy below which a network's labels are hardly worth preser
 _FOLD_SAMPLES = 8  # enough to see a wrong fold, whose error is some 1e13 times that of a right one
 
 
+@usual_torch()
 def run(
     model: str | Model | Path,
     profile: Profile,

@@ -7,11 +7,12 @@ run now, what they compute is held against what they should.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from zipfile import ZipFile
 
 import msgspec
 import onnx
@@ -27,12 +28,12 @@ from exporter.factories import FactoryModel, Shapes, load_factory
 from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
 from exporter.ladder import Asked, Ladder, Truth
-from exporter.live import live_model
+from exporter.live import live_model, usual_torch
 from exporter.onnx_files import check_onnx
 from exporter.packing import in_words, unpack
 from exporter.parity import check_same_interface
 from exporter.profile import Profile, load_profile
-from exporter.records import Artefact, Report, Source, TensorSpec, Variant
+from exporter.records import Array, Artefact, Report, Source, TensorSpec, Variant
 from exporter.runtimes._graph import read_graph
 from exporter.shipped import check_data, is_intact, read_bundle
 from exporter.sizes import AskedAt, Sizes
@@ -43,6 +44,7 @@ from exporter.worst_case import Found, Search, search_worst_case
 _WORST = "worst-case"
 
 
+@usual_torch()
 def check_bundle(
     folder: Path,
     *,
@@ -374,7 +376,16 @@ def _save(folder: Path, found: list[Found], inputs: tuple[TensorSpec, ...]) -> N
             if len(inputs) == 1:
                 np.save(path, case.inputs)
             else:
-                arrays: dict[str, Any] = {**unpack(case.inputs, inputs)}
-                np.savez(path, **arrays)
+                _save_arrays(path, unpack(case.inputs, inputs))
         text = msgspec.json.format(msgspec.json.encode([case.record for case in found]), indent=2)
         (part / "record.json").write_bytes(text + b"\n")
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write an ``.npz`` file; numpy.savez has no room for an array called ``file``."""
+    import numpy as np
+
+    with ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

@@ -248,11 +248,15 @@ def test_what_a_program_has_chosen_of_pytorch_changes_nothing_and_comes_back(tmp
                 data=data,
                 precision=["fp32", "int8"],
             )
+            checked = exporter.check_bundle(
+                again.folder, model=with_tensors_on_the_cpu(), data=data
+            )
             assert surroundings() == around
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
     assert again.report.source == made.report.source
+    assert [a.parity for a in checked.artefacts] == [a.parity for a in again.report.artefacts]
     for name in ("net.fp32.onnx", "net.int8.onnx"):
         assert (again.folder / name).read_bytes() == (made.folder / name).read_bytes()
 

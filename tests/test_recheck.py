@@ -586,3 +586,13 @@ def test_a_waterfall_is_drawn_of_a_report_in_which_nothing_ran(check, copied, mo
     said = console.export_text()
     assert "not checked: built, not run: no such package: fp32 on ort-cpu, fp16" in said
     assert said.rstrip().endswith("not checked")
+
+
+def test_worst_inputs_are_kept_whatever_they_are_called(tmp_path):
+    arrays = {"file": np.arange(6.0).reshape(2, 3), "self": np.ones((2, 1), np.uint8)}
+    recheck._save_arrays(tmp_path / "worst.npz", arrays)
+    with np.load(tmp_path / "worst.npz") as found:
+        assert set(found) == set(arrays)
+        for name, want in arrays.items():
+            assert found[name].dtype == want.dtype
+            assert np.array_equal(found[name], want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,8 +140,11 @@ def refused(
 
 
 def pytest_collection_modifyitems(items):
-    """Let what loads OpenVINO come last: an interrupt in a process that has used it ends it.
+    """Let files of many tests come first, and what loads OpenVINO last.
 
+    So workers are busy to the end; and an interrupt in a process that has used OpenVINO ends it.
     pytest-xdist keeps that order with --no-loadscope-reorder.
     """
-    items.sort(key=lambda item: item.path.name in ("test_doctor.py", "test_openvino.py"))
+    counts = Counter(item.path for item in items)
+    late = ("test_doctor.py", "test_openvino.py")
+    items.sort(key=lambda item: (item.path.name in late, -counts[item.path], item.path))

@@ -22,7 +22,7 @@ was 1.9 end to end, and 3.3 in a channel of one value (`make mutation`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,7 @@ from exporter.emulation import Emulator, Step, Values
 from exporter.emulation.grids import LIMITS, spacing
 from exporter.emulation.rounding import BFLOAT16, BOUNDED, FLOAT, ROUNDOFF, held
 from exporter.records import Array, Fidelity, LayerError, Outputs, TopK
-from exporter.topk import REACH, see
+from exporter.topk import REACH, places
 
 if TYPE_CHECKING:
     import onnx
@@ -132,11 +132,11 @@ def judge_outputs(
     ``unseen`` says why there is no comparison, or none layer by layer. With ``top`` the candidate
     gives the largest scores, and as far as the scores may be off, they may (`exporter.topk`).
     """
-    places = {name: _places(top, name, want, candidate) for name, want in reference.items()}
+    placed = {name: places(top, name, want, candidate) for name, want in reference.items()}
     floors = {
         name: None
         if noisy is None or exact is None
-        else _floor(top, name, places[name][0], exact[name], noisy[name])
+        else _floor(top, name, placed[name][0], exact[name], noisy[name])
         for name in reference
     }
     found = [
@@ -153,17 +153,9 @@ def judge_outputs(
             unseen=unseen,
             output=name if len(reference) > 1 else None,
         )
-        for name, (want, got) in places.items()
+        for name, (want, got) in placed.items()
     ]
     return max(found, key=_badness)
-
-
-def _places(top: TopK | None, name: str, want: Array, candidate: Outputs) -> tuple[Array, Array]:
-    """Return what is compared of an output: its values, or what the places of a top-k have."""
-    if top is None or name != top.scores.name:
-        return want, candidate[name]
-    seen = see(top, want, candidate)
-    return seen.want, seen.got
 
 
 def _floor(top: TopK | None, name: str, want: Array, exact: Array, noisy: Array) -> float | None:
@@ -186,6 +178,13 @@ def _nonfinite(values: Array) -> int:
     import numpy as np
 
     return int((~np.isfinite(values)).sum())
+
+
+def farthest(distances: Iterable[float | None]) -> float | None:
+    """Return the largest of some distances, None if one of them is of values not finite."""
+    found = list(distances)
+    finite = [off for off in found if off is not None]
+    return max(finite) if len(finite) == len(found) else None
 
 
 def distance(one: Array, other: Array) -> float | None:

@@ -46,9 +46,10 @@ def convert_all(job: Job, graph: onnx.ModelProto) -> Iterator[tuple[str, Convert
     before the first precision that needs it.
     """
     statistics: Mapping[str, Any] = {}
+    grows = grows_with_size(graph)
     for name, precision in job.precisions.items():
         try:
-            if precision.needs_calibration and (grows := grows_with_size(graph)):
+            if precision.needs_calibration and grows:
                 raise GraphError(
                     f"{grows!r} sums over height and width, so that its values grow with the "
                     f"picture, and {name} takes its ranges from one size",

@@ -30,6 +30,7 @@ from exporter.fidelity import (
     compare_layers,
     distance,
     expose,
+    farthest,
     judge_outputs,
     layer_name,
     unreadable,
@@ -442,12 +443,10 @@ class Ladder:
 
         Of a top-k each side is what its places have by the scores of the top.
         """
-        found = [
+        return farthest(
             distance(*(self._placed(output, side)[0] for side in (one, other)))
             for output in self.job.output_specs
-        ]
-        finite = [off for off in found if off is not None]
-        return max(finite) if len(finite) == len(found) else None
+        )
 
     def _placed(self, output: TensorSpec, found: Outputs) -> tuple[Array, Array]:
         """Return an output on the held-out samples, and its largest value's place or label."""

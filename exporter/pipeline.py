@@ -28,6 +28,7 @@ from exporter.contracts import Model, Progress, Runtime, Session, silent
 from exporter.data import Data
 from exporter.errors import BuildError, ExportError, with_hint
 from exporter.factories import Shapes
+from exporter.fidelity import farthest
 from exporter.flops import count_flops
 from exporter.graphs import as_shipped, convert_all, export_source
 from exporter.job import Job
@@ -154,12 +155,11 @@ def _check_fold(job: Job, folded: FoldedStart, truth: Truth) -> FoldRecord:
     with job.stage("check the fold in float64", part="evidence"):
         session = job.start.fold(job.example(), double=True).session(double=True)
         got = job.outputs(session, job.held_out.inputs[:_FOLD_SAMPLES])
-    errors = [
+    errors = (
         compare_outputs(truth.held_out[name][: len(found)], found, inputs="").rel_l2
         for name, found in got.items()
-    ]
-    finite = [error for error in errors if error is not None]
-    return FoldRecord(folded.fates, max(finite) if len(finite) == len(errors) else None)
+    )
+    return FoldRecord(folded.fates, farthest(errors))
 
 
 def _doubts_of_accuracy(truth: Truth) -> tuple[str, ...]:

@@ -24,13 +24,12 @@ import msgspec
 from exporter import samples
 from exporter.contracts import Runtime, Session
 from exporter.errors import ExportError
-from exporter.fidelity import distance, judge_outputs
+from exporter.fidelity import distance, farthest, judge_outputs
 from exporter.job import Job
 from exporter.ladder import Asked, Few, Ladder, join
 from exporter.packing import packed_shape
 from exporter.parity import compare_outputs
 from exporter.records import (
-    Array,
     Artefact,
     Fidelity,
     LayerError,
@@ -44,7 +43,7 @@ from exporter.records import (
 from exporter.samples import FEW, FEW_NOISE
 from exporter.sizing import Size, at_size, resized
 from exporter.start import FoldedStart
-from exporter.topk import see
+from exporter.topk import places
 
 if TYPE_CHECKING:
     import onnx
@@ -194,9 +193,7 @@ def _with_fold(found: Expected, job: Job, folded: FoldedStart) -> Expected:
         return found.without(f"the folded network does not run: {reason}")
     if odd := _other_shape(got, truth):
         return found.without(f"the folded network {odd}")
-    errors = [distance(got[name], want) for name, want in truth.items()]
-    finite = [error for error in errors if error is not None]
-    moved = max(finite) if len(finite) == len(errors) else None
+    moved = farthest(distance(got[name], want) for name, want in truth.items())
     return replace(found, record=msgspec.structs.replace(found.record, float64_rel_l2=moved))
 
 
@@ -266,7 +263,7 @@ def _parity(job: Job, precision: str, expected: Expected, found: Outputs) -> tup
         (slice(count, None), f"{record.noise} noise samples at {record.name}"),
     )
     several = len(job.output_specs) > 1
-    compared = {spec.name: _compared(job, spec, expected.truth, found) for spec in job.output_specs}
+    compared = {name: places(job.top, name, want, found) for name, want in expected.truth.items()}
     return tuple(
         compare_outputs(
             *(side[part] for side in compared[spec.name]),
@@ -279,15 +276,6 @@ def _parity(job: Job, precision: str, expected: Expected, found: Outputs) -> tup
         for part, inputs in parts
         for spec in job.output_specs
     )
-
-
-def _compared(job: Job, output: TensorSpec, truth: Outputs, found: Outputs) -> tuple[Array, Array]:
-    """Return an output of the network's and what was found of it, or the places of its top-k."""
-    want = truth[output.name]
-    if job.top is None or output != job.top.scores:
-        return want, found[output.name]
-    seen = see(job.top, want, found)
-    return seen.want, seen.got
 
 
 def _of_tensors(job: Job, precision: str, output: TensorSpec, *, on_noise: bool) -> Tolerance:

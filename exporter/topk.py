@@ -172,6 +172,17 @@ def see(top: TopK, scores: Array, found: Outputs) -> Seen:
     return Seen(want, np.where(is_label, chosen, values), order[:, 0], labels[:, 0], undecided)
 
 
+def places(top: TopK | None, name: str, reference: Array, found: Outputs) -> tuple[Array, Array]:
+    """Return what is compared of an output: its values, or what the places of a top-k have.
+
+    ``reference`` is what it should be. Raises `GraphError` as `see`.
+    """
+    if top is None or name != top.scores.name:
+        return reference, found[name]
+    seen = see(top, reference, found)
+    return seen.want, seen.got
+
+
 def _order(scores: Array, k: int) -> Array:
     """Return the classes of the k largest scores, equal ones in the order of their classes."""
     import numpy as np

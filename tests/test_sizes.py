@@ -23,6 +23,7 @@ from exporter.errors import GraphError, InputRefused, OutOfMemory, ProfileError
 from exporter.factories import GivenModel
 from exporter.fold import fold_batchnorm
 from exporter.live import live_model
+from exporter.onnx_edits import replace_nodes
 from exporter.onnx_files import check_onnx
 from exporter.parity import check_same_interface
 from exporter.plugins import load_precision, load_runtime
@@ -598,12 +599,7 @@ def sliced(model: onnx.ModelProto) -> onnx.ModelProto:
     for name, value in numbers.items():
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))
     cut = onnx.helper.make_node("Slice", [mean.input[0], *numbers], ["cut"], name="cut/Slice")
-    mean.input[0] = "cut"
-    at = list(graph.node).index(mean)
-    nodes = [*graph.node[:at], cut, *graph.node[at:]]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    put_in_front(graph, mean, cut)
     return model
 
 
@@ -614,13 +610,15 @@ def reshaped(model: onnx.ModelProto) -> onnx.ModelProto:
     shape = np.array([-1, 16, 8, 8], np.int64)
     graph.initializer.append(onnx.numpy_helper.from_array(shape, "shape"))
     node = onnx.helper.make_node("Reshape", [mean.input[0], "shape"], ["re"], name="re/Reshape")
-    mean.input[0] = "re"
-    at = list(graph.node).index(mean)
-    nodes = [*graph.node[:at], node, *graph.node[at:]]
-    copies = [onnx.NodeProto.FromString(one.SerializeToString()) for one in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    put_in_front(graph, mean, node)
     return model
+
+
+def put_in_front(graph: onnx.GraphProto, reader: onnx.NodeProto, node: onnx.NodeProto) -> None:
+    """Let a node be what another reads first."""
+    reader.input[0] = node.output[0]
+    at = list(graph.node).index(reader)
+    replace_nodes(graph, [*graph.node[:at], node, *graph.node[at:]])
 
 
 @pytest.mark.parametrize("break_it", [sliced, reshaped])

@@ -231,13 +231,16 @@ class Magnitudes(Range):
     def _count(self, bins: Array) -> None:
         """Count bins, those of small samples when there are enough of them."""
         if self._waits + bins.size > _AT_ONCE:
-            self._count_now(self._waiting[: self._waits])
-            self._waits = 0
+            self._count_waiting()
         if bins.size > _AT_ONCE:
             self._count_now(bins)
         else:
             self._waiting[self._waits : self._waits + bins.size] = bins
             self._waits += bins.size
+
+    def _count_waiting(self) -> None:
+        self._count_now(self._waiting[: self._waits])
+        self._waits = 0
 
     def _count_now(self, bins: Array) -> None:
         import numpy as np
@@ -248,8 +251,7 @@ class Magnitudes(Range):
     @property
     def counts(self) -> Array:
         """Return how many values fell into each bin, int64."""
-        self._count_now(self._waiting[: self._waits])
-        self._waits = 0
+        self._count_waiting()
         return self._counts
 
     def divided(self, whole: TensorStatistics, divisor: Array | float) -> Self:

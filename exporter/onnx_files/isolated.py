@@ -36,9 +36,8 @@ def check_isolated(
 
     ``outside`` are the bytes of its external data, ``sizes`` what the sizes of inputs behind their
     batch axes are, by name, that it leaves open: 1 where nothing is said. Raises `InputRefused` for
-    what the
-    checker refuses, what makes a tensor of over 4 GiB, and what ends or outlasts the process, and
-    `OutOfMemory` for what takes more than such a file can need.
+    what the checker refuses, what makes a tensor of over 4 GiB, and what ends or outlasts the
+    process, and `OutOfMemory` for what takes more than such a file can need.
     """
     memory = MEMORY + _COPIES * size + (RUN_MEMORY + _COPIES * outside if run else 0)
     seconds = SECONDS + (size + outside) // _SLOWEST

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from exporter.records import Artefact, Fidelity, Parity, Report, Verdict
+from exporter.records import Artefact, Fidelity, Parity, Report, Verdict, worst
 from exporter.renderers import _figures as figures
 
 LABELS = (
@@ -67,7 +67,7 @@ def _row(
     verdicts: tuple[Verdict, Verdict] | None = None,
 ) -> Row:
     own = fidelity.verdict if fidelity else "not checked"
-    faithful, quality = verdicts or (own, _quality(parity))
+    faithful, quality = verdicts or (own, worst(one.verdict for one in parity))
     first = parity[0].inputs if parity else ""
     real = [one for one in parity if one.inputs == first]
     noise = [one for one in parity if one.inputs != first]
@@ -81,11 +81,6 @@ def _row(
         figures.least_sqnr(noise),
         figures.number(max((p.max_abs for p in real if p.max_abs is not None), default=None)),
     )
-
-
-def _quality(parity: Sequence[Parity]) -> Verdict:
-    order: tuple[Verdict, ...] = ("fail", "not enough evidence", "pass", "not checked")
-    return min((one.verdict for one in parity), key=order.index, default="not checked")
 
 
 def lines(report: Report) -> Iterator[str]:

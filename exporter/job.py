@@ -230,13 +230,14 @@ class Job:
         *,
         specs: Sequence[TensorSpec] = (),
         of_artefact: bool = False,
+        size: int | None = None,
     ) -> dict[str, Array]:
         """Return what a session makes of the inputs, (samples, values) float64 by output.
 
         ``specs`` are those that the samples have, where that is another size. The outputs are the
-        network's, or those ``of_artefact``.
+        network's, or those ``of_artefact``. ``size`` replaces the profile's batch.
         """
-        size = self.profile.batch.opt
+        size = size or self.profile.batch.opt
         return collect_all(
             session,
             samples.feeds(inputs, specs or self.input_specs, size=size),
@@ -246,15 +247,20 @@ class Job:
         )
 
     def all_outputs(
-        self, session: Session, what: str, *, of_artefact: bool = False
+        self, session: Session, what: str, *, of_artefact: bool = False, at_once: int | None = None
     ) -> tuple[Outputs, Outputs]:
-        """Return what a session makes of the held-out samples and of the noise, as a stage."""
-        size = self.profile.batch.opt
+        """Return what a session makes of the held-out samples and of the noise, as a stage.
+
+        ``at_once`` is how many samples it would best be given, if the profile's batches allow it.
+        """
+        batch = self.profile.batch
+        size = max(batch.min, min(at_once or batch.opt, batch.opt))
         inputs = (self.held_out.inputs, self.noise)
         total = sum(-(-len(part) // size) for part in inputs)
         with self.stage(what, total, part="evidence") as advance:
             held_out, noise = (
-                self.outputs(session, part, advance, of_artefact=of_artefact) for part in inputs
+                self.outputs(session, part, advance, of_artefact=of_artefact, size=size)
+                for part in inputs
             )
         return held_out, noise
 

@@ -61,6 +61,7 @@ FOLDED = "folded"
 _LAYERED = 8  # samples whose every tensor is compared
 _EXPORTED = 1e-4  # of a layer's output, which float32 weights move by 1e-7 a layer before it
 _AT_ONCE = 4  # samples emulated together: fewer are slow, more take memory
+_DOUBLES = 1 << 17  # values of samples run in float64 together: of a batch all windows are laid out
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,11 @@ class Truth:
     def compute(cls, job: Job, folding: FoldedStart) -> Truth:
         """Run the reference in float64 and float32, and what was folded in float32."""
         name = job.source().reference
-        held_out, noise = job.all_outputs(job.start.double(), f"run {name} in float64")
+        held_out, noise = job.all_outputs(
+            job.start.double(),
+            f"run {name} in float64",
+            at_once=max(1, _DOUBLES // job.held_out.inputs[0].size),
+        )
         with job.start.single() as single:
             got = job.all_outputs(single, f"run {name} in float32")
         short = job.all_outputs(folding.session(), "run the folded network")

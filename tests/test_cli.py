@@ -21,7 +21,9 @@ from exporter.plugins import load_model, names
 from exporter.runtimes._cuda import missing_gpu
 from exporter.samples import digits
 
-QUICK = ["--input", "1x64x64", "--set", "timing.runs=5", "--set", "calibration.images=32"]
+LITTLE = ["--set", "timing.runs=5", "--set", "calibration.images=32"]
+QUICK = ["--input", "1x64x64", *LITTLE]
+SMALL = ["--input", "1x32x32", *LITTLE]  # where nothing is read off but what is said
 
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -189,18 +191,20 @@ def test_doctor_fails_for_a_runtime_that_was_named_and_is_not_there(monkeypatch,
     assert said in done.stderr
 
 
-def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path):
+def test_a_missed_gate_names_artefact_figure_and_limit_and_exits_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     gate = "precision.fp32.tolerance.sqnr_db=500"
-    done = command(*QUICK, "-p", "fp32", "--set", gate, cwd=tmp_path)
-    assert done.returncode == 1
+    done = CliRunner().invoke(main, [*SMALL, "-p", "fp32", "--set", gate])
+    assert done.exit_code == 1
     assert re.search(r"missed: fp32 on ort-cpu: sqnr_db \d+\.\d* < 500 on the 360", done.stdout)
     assert (tmp_path / "build/report.md").read_text("utf-8").startswith("# resnet18: FAIL")
 
 
-def test_a_gate_that_the_samples_are_too_few_for_says_how_many_and_exits_1(tmp_path):
+def test_a_gate_that_the_samples_are_too_few_for_says_how_many_and_exits_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     gate = "precision.fp32.tolerance.agreement=0.999"
-    done = command(*QUICK, "-p", "fp32", "--set", gate, cwd=tmp_path)
-    assert done.returncode == 1
+    done = CliRunner().invoke(main, [*SMALL, "-p", "fp32", "--set", gate])
+    assert done.exit_code == 1
     assert (
         "not enough evidence: fp32 on ort-cpu: 360 of 360 agree on the 360 held-out digits, which "
         "proves 99.17%; 99.9% would need 2,995 samples without a disagreement"
@@ -338,7 +342,7 @@ def test_where_nothing_can_be_made_there_is_no_bundle_and_no_folder_for_it(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = [arg.replace("{files}", str(files)) for arg in args.split()]
-    done = CliRunner().invoke(main, [*QUICK, *arguments, "--out", "new/sub/out"])
+    done = CliRunner().invoke(main, [*SMALL, *arguments, "--out", "new/sub/out"])
     assert done.exit_code == code, done.output
     assert said in done.output
     assert list(tmp_path.iterdir()) == []

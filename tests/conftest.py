@@ -102,6 +102,18 @@ def quick_profile() -> Profile:
     )
 
 
+HASTE = {  # of a profile: little of everything that a test does not look at
+    "batch.max": 8,
+    "timing.runs": 2,
+    "timing.warmup": 0,
+    "timing.settle_ms": 0.0,
+    "timing.pytorch_threads": 1,
+    "runtime.ort-cpu.threads": 1,
+    "parity.random": 8,
+    "calibration.images": 16,
+}
+HASTY = [word for key, value in HASTE.items() for word in ("--set", f"{key}={value}")]
+
 DOCUMENTED = {
     "ProfileError": 2,
     "UnknownName": 2,

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from conftest import refused
+from conftest import HASTE, refused
 from matplotlib.collections import PathCollection
 
 import exporter
@@ -54,13 +54,7 @@ def bundle(tiny_model, tmp_path_factory) -> Path:
     profile = load_profile(
         "default",
         {
-            "batch.max": 8,
-            "timing.runs": 2,
-            "timing.warmup": 0,
-            "timing.settle_ms": 0.0,
-            "timing.pytorch_threads": 1,
-            "runtime.ort-cpu.threads": 1,
-            "parity.random": 8,
+            **HASTE,
             "runtime.tensorrt-rtx.targets": ["sm86"],
             **{
                 f"precision.{name}.{key}": FREE

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TinyModel, refused
+from conftest import HASTE, TinyModel, refused
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -29,12 +29,7 @@ from exporter.renderers import markdown, record
 from exporter.samples import MEAN, STD, digits
 
 QUICK = {
-    "batch.max": 8,
-    "timing.runs": 2,
-    "timing.warmup": 0,
-    "timing.settle_ms": 0.0,
-    "parity.random": 8,
-    "calibration.images": 16,
+    **HASTE,
     "preprocess.mean": [MEAN],
     "preprocess.std": [STD],
     "preprocess.resize": 32,

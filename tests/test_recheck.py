@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TinyModel, refused
+from conftest import HASTE, TinyModel, refused
 from safetensors.torch import load_file, save_file
 
 import exporter
@@ -33,11 +33,7 @@ ONNX = [f"tinymodel.{precision}.onnx" for precision in ("fp32", "fp16", "int8")]
 RAN = ["fp32 on ort-cpu", "fp16 on ort-cpu", "int8 on ort-cpu"]
 FREE = {"sqnr_db": 5.0}
 QUICK = {
-    "timing.warmup": 0,
-    "timing.settle_ms": 0.0,
-    "timing.pytorch_threads": 1,
-    "runtime.ort-cpu.threads": 1,
-    "parity.random": 8,
+    **HASTE,
     "runtime.tensorrt-rtx.targets": ["sm86"],
 }
 
@@ -58,8 +54,6 @@ def bundle(tiny_model, weights) -> Path:
     profile = load_profile(
         "default",
         {
-            "batch.max": 8,
-            "timing.runs": 2,
             **QUICK,
             **{
                 f"precision.{name}.{key}": FREE
@@ -416,10 +410,9 @@ def test_a_bundle_of_averaged_weights_says_which_and_is_checked_against_those_al
     tiny_model, tiny_module, weights, tmp_path
 ):
     trained, averaged = tiny_module.float().state_dict(), load_file(weights)
-    quick = {key: value for key, value in QUICK.items() if "tensorrt" not in key}
     file = tmp_path / "last.pth"
     torch.save({"epoch": 9, "state_dict": trained, "state_dict_ema": averaged}, file)
-    profile = load_profile("cpu", quick).only(("fp32",))
+    profile = load_profile("cpu", HASTE).only(("fp32",))
     out = tmp_path / "out"
     with refused(InputRefused, "are in it 2 times", hint=("--weights-key, 'state_dict' or ",)):
         exporter.run(tiny_model, profile, out, weights=file)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TinyModel, refused
+from conftest import HASTE, HASTY, TinyModel, refused
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 from test_start_layers import (
@@ -39,19 +39,9 @@ from exporter.recheck import check_bundle
 from exporter.start.file import OnnxFile
 from exporter.worst_case import Search
 
-QUICK = {
-    "batch.max": 8,
-    "timing.runs": 2,
-    "timing.warmup": 0,
-    "timing.settle_ms": 0.0,
-    "parity.random": 8,
-    "calibration.images": 16,
-    "runtime.ort-cpu.threads": 1,
-}
-
 
 def profile(*precisions: str, **more) -> Profile:
-    found = load_profile("default", {**QUICK, **more}).only(precisions)
+    found = load_profile("default", {**HASTE, **more}).only(precisions)
     return msgspec.structs.replace(found, runtime={"ort-cpu": found.runtime["ort-cpu"]})
 
 
@@ -429,8 +419,7 @@ def test_the_command_exports_a_file_and_checks_the_bundle(tmp_path):
     path, out = conv_file(tmp_path / "n.onnx", batch=1), tmp_path / "out"
     data = tmp_path / "data.npy"
     np.save(data, noise(SHAPE, 40))
-    quick = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
-    words = ["--onnx", path, "-p", "int8", "--data", data, "-o", out, *quick]
+    words = ["--onnx", path, "-p", "int8", "--data", data, "-o", out, *HASTY]
     result = invoke(*words, "-t", "sm86", "--set", "precision.int8.tolerance={}")
     assert "n.onnx in ONNX Runtime, fp32" in result.output, result.output
     result = invoke("parity", out, "--onnx", path, "--data", data)

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from conftest import refused
+from conftest import HASTY, refused
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
-from test_start_file import QUICK, conv_file, profile
+from test_start_file import conv_file, profile
 from test_start_layers import noise, run, started
 
 import exporter
@@ -171,9 +171,8 @@ def test_names_that_no_terminal_should_see_are_written_escaped(tmp_path):
     model.graph.input[0].name = model.graph.node[0].input[0] = name
     path.write_bytes(model.SerializeToString())
     np.save(tmp_path / "d.npy", noise((3, 12, 12), 40))
-    quick = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
     base = ["--onnx", str(path), "--data", str(tmp_path / "d.npy"), "-o", str(out), "-p", "fp32"]
-    done = CliRunner().invoke(main, [*base, *quick, "-t", "sm86"])
+    done = CliRunner().invoke(main, [*base, *HASTY, "-t", "sm86"])
     assert done.exit_code in (0, 1), done.output
     assert "\x1b[2J" not in done.output
     assert "\x1b" not in (out / "report.md").read_text()

@@ -12,10 +12,10 @@ import pytest
 import several
 import torch
 from click.testing import CliRunner
-from conftest import refused
+from conftest import HASTY, refused
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
-from test_start_file import QUICK, profile
+from test_start_file import profile
 from test_start_layers import PROFILE, apart, bn, norm, started, values
 
 import exporter
@@ -309,9 +309,8 @@ def test_data_of_one_input_are_refused_for_several(pair, data, tmp_path):
 def test_the_command_names_inputs_as_the_file_does(tmp_path):
     path, out = two_inputs(tmp_path / "n.onnx"), tmp_path / "out"
     np.savez(tmp_path / "d.npz", **{"a": values(48, 3, 12, 12), "b:0": values(48, 3, 5, 5, seed=1)})
-    quick = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
     base = ["--onnx", str(path), "--data", str(tmp_path / "d.npz"), "-o", str(out), "-p", "fp32"]
-    base += [*quick, "-t", "sm86"]
+    base += [*HASTY, "-t", "sm86"]
     for wrong, code, said in (
         ([], 3, "leaves sizes open"),
         (["--input", "b:0=3x5"], 2, "'3x5' is not a shape"),

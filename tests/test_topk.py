@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import disturb, refused
+from conftest import HASTE, disturb, refused
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -75,18 +75,10 @@ def settings(**more):
         "precision.fp32.tolerance": {"sqnr_db": 100, "agreement": 0.8},
         "precision.fp16.tolerance": {"sqnr_db": 45},
         "precision.int8.tolerance": {"sqnr_db": 15},
-        "runtime.ort-cpu.threads": 1,
         "runtime.tensorrt-rtx.targets": ["sm86"],
     }
-    quick = {
-        "timing.runs": 2,
-        "timing.warmup": 0,
-        "timing.settle_ms": 0.0,
-        "timing.pytorch_threads": 1,
-        "calibration.images": 32,
-        "parity.random": 4,
-    }
-    return load_profile("default", {**said, **quick, "batch.max": 8, **more})
+    quick = {**HASTE, "calibration.images": 32, "parity.random": 4}
+    return load_profile("default", {**said, **quick, **more})
 
 
 DATA = (inputs(160), np.arange(160) % CLASSES)

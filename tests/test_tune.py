@@ -17,7 +17,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TinyModel, refused
+from conftest import HASTE, TinyModel, refused
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
@@ -46,16 +46,7 @@ from exporter.tune.state import State
 
 PLANTED = "block3.0.conv2"
 LEVELS = {PLANTED: 1}  # of magnitude; all other layers have 127
-QUICK = {
-    "batch.max": 8,
-    "timing.runs": 5,
-    "timing.warmup": 1,
-    "timing.settle_ms": 0.0,
-    "timing.pytorch_threads": 1,
-    "runtime.ort-cpu.threads": 1,
-    "calibration.images": 16,
-    "parity.random": 4,
-}
+QUICK = {**HASTE, "timing.runs": 5, "timing.warmup": 1, "parity.random": 4}
 
 
 class Planted(Plugin, frozen=True):

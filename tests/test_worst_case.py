@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import TinyModel
+from conftest import HASTE, TinyModel
 from onnx import helper, numpy_helper
 
 import exporter
@@ -206,17 +206,7 @@ def test_leaky_operators_give_the_value_and_a_gradient_everywhere(op, attributes
 @pytest.fixture(scope="module")
 def bundle(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("worst") / "build"
-    profile = exporter.load_profile(
-        "default",
-        {
-            "batch.max": 8,
-            "timing.runs": 2,
-            "timing.warmup": 0,
-            "timing.settle_ms": 0.0,
-            "parity.random": 8,
-            "calibration.images": 16,
-        },
-    )
+    profile = exporter.load_profile("default", HASTE)
     runtime = {name: options for name, options in profile.runtime.items() if name == "ort-cpu"}
     profile = msgspec.structs.replace(profile.only(("fp32", "int8")), runtime=runtime)
     exporter.run(tiny_model, profile, folder)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from exporter.contracts import Advance
-from exporter.emulation import Step, Values
-from exporter.emulation.rounding import LAYERS
-from exporter.quantisation.network import BATCH, Network, fake_quantise
+from exporter.emulation import Step
+from exporter.quantisation.network import BATCH, Network, batches, fake_quantise
 from exporter.quantisation.rounding import nearest, second_order, weight_scales
 from exporter.steps import Steps
 
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
     from exporter.records import Array
 
 _MEMORY = 3 << 28  # bytes that the tensors alive at one time may take
-# Costly operators whose first axis is that of the samples; others may be given any axes in front.
-_BY_SAMPLE = LAYERS | {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
+Parts: TypeAlias = list[
+    "Tensor | None"
+]  # of one tensor, by batch; a constant is each time the same
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ def rounded(network: Network) -> Repaired:
 
 
 def affordable(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return how many samples can be run side by side, float and quantised, in bounded memory."""
+    """Return how many samples can be run side by side, written and read, in bounded memory."""
     sizes = sorted((torch.Size(shape[1:]).numel() for shape in shapes.values()), reverse=True)
     return max(BATCH, _MEMORY // (2 * 4 * sum(sizes[:4])))
 
@@ -83,121 +83,139 @@ def repair(
     ``steps`` are those of the tensors that are read quantised. ``advance`` is called after every
     layer.
     """
-    pair = _Pair(network, steps, Repaired(), rounding)
     with torch.inference_mode():
-        pair.run(torch.from_numpy(samples).to(network.emulator.kind), advance)
-    return pair.found
+        layerwise = _Layerwise(network, steps, rounding, _float_means(network, samples))
+        layerwise.run(samples, advance)
+    return layerwise.found
+
+
+def _float_means(network: Network, samples: Array) -> dict[str, Tensor]:
+    """Return the float network's means over positions, (samples, C) float64.
+
+    They are of what weighted layers write, and of what is added to that.
+    """
+    watch = [layer.writes[0] for layer in network.layers]
+    watch += [other for name in watch if (other := _beside(network, name)) is not None]
+    found: dict[str, list[Tensor]] = {name: [] for name in watch}
+    for x in batches(samples):
+        values = network.run(x, watch=watch)
+        for name, parts in found.items():
+            if values[name].ndim > 1 and len(values[name]) == len(x):
+                parts.append(_mean(values[name]))
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+def _beside(network: Network, output: str) -> str | None:
+    """Return what a layer's output is added to, if nothing else reads it."""
+    readers = network.readers(output)
+    if len(readers) != 1 or readers[0][0].op != "Add":
+        return None
+    add, index = readers[0]
+    other = add.reads[1 - index]
+    return None if other in network.emulator.constants else other
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Return each channel's mean over positions, (samples, C) float64."""
+    return x.reshape(len(x), x.shape[1], -1).mean(dim=2, dtype=torch.float64)
 
 
 @dataclass(slots=True)
-class _Pair:
-    """The float network and the quantised one, run side by side, node by node."""
+class _Layerwise:
+    """The quantised network, run node by node on all samples, each layer repaired on the way.
+
+    ``means`` are the float network's.
+    """
 
     network: Network
     steps: Mapping[str, Steps]
-    found: Repaired
     rounding: bool
-    float_values: Values = field(default_factory=dict)
-    values: Values = field(default_factory=dict)
-    read: Values = field(default_factory=dict)
+    means: Mapping[str, Tensor]
+    found: Repaired = field(default_factory=Repaired)
+    count: int = 0  # batches
+    values: dict[str, Parts] = field(default_factory=dict)
+    read: dict[str, Parts] = field(default_factory=dict)
 
-    def run(self, x: Tensor, advance: Advance) -> None:
+    def run(self, samples: Array, advance: Advance) -> None:
         emulator = self.network.emulator
-        self.float_values |= self.network.given(x)
-        self.values |= self.network.given(x)
+        given = [self.network.given(x.to(emulator.kind)) for x in batches(samples)]
+        self.count = len(given)
+        self.values |= {name: [part[name] for part in given] for name in given[0]}
         last = {name: i for i, step in enumerate(emulator.steps) for name in step.reads}
         for i, step in enumerate(emulator.steps):
-            self.float_values |= self._compute(step, [self._float(n) for n in step.reads])
+            inputs = [self._input(step, index) for index in range(len(step.reads))]
             if step in self.network.layers:
-                self.values[step.writes[0]] = self._layer(step)
+                self.values[step.writes[0]] = self._layer(step, inputs)
                 advance()
             else:
-                inputs = [self._input(step, k) for k in range(len(step.reads))]
                 self.values |= self._compute(step, inputs)
             for name in step.reads:
                 if last[name] == i:
-                    for values in (self.float_values, self.values, self.read):
-                        values.pop(name, None)
+                    self.values.pop(name, None)
+                    self.read.pop(name, None)
 
-    def _float(self, name: str) -> Tensor | None:
-        return self.float_values.get(name, self.network.emulator.constants.get(name))
-
-    def _input(self, step: Step, index: int) -> Tensor | None:
+    def _input(self, step: Step, index: int) -> Parts:
         """Return what a node of the quantised network reads."""
         name = step.reads[index]
-        value = self.values.get(name, self.network.emulator.constants.get(name))
-        if value is None or (step.name, index) not in self.network.sites:
-            return value
+        if name not in self.values:
+            return [self.network.emulator.constants.get(name)] * self.count
+        if (step.name, index) not in self.network.sites:
+            return self.values[name]
         if name not in self.read:
-            self.read[name] = fake_quantise(value, self.steps[name])
+            self.read[name] = [
+                None if x is None else fake_quantise(x, self.steps[name]) for x in self.values[name]
+            ]
         return self.read[name]
 
-    def _layer(self, step: Step) -> Tensor:
+    def _compute(self, step: Step, inputs: list[Parts]) -> dict[str, Parts]:
+        """Return what a node writes."""
+        found = [
+            self.network.emulator.compute(step, [parts[k] for parts in inputs])
+            for k in range(self.count)
+        ]
+        return {name: [part[name] for part in found] for name in found[0]}
+
+    def _layer(self, step: Step, inputs: list[Parts]) -> Parts:
+        """Return what a layer writes with its weights rounded and its bias corrected."""
         name = step.reads[1]
         weights = self.network.emulator.constants[name]
         scales = self.found.scales.setdefault(name, weight_scales(weights))
-        inputs = [self._input(step, index) for index in range(len(step.reads))]
-        assert inputs[0] is not None
         if name not in self.found.whole:
-            self.found.whole[name] = (
-                second_order(
-                    step,
-                    weights,
-                    scales,
-                    inputs[0],
-                    steps=self._steps(step),
-                    seed=len(self.found.whole),
-                )
-                if self.rounding and not step.attributes.get("auto_pad", b"").startswith(b"SAME")
-                else nearest(weights, scales)
-            )
-        inputs[1] = (self.found.whole[name].flatten(1) * scales).reshape(weights.shape)
+            self.found.whole[name] = self._rounded(step, weights, scales, inputs[0])
+        inputs[1] = [(self.found.whole[name].flatten(1) * scales).reshape(weights.shape)]
+        inputs[1] *= self.count
         output = self._compute(step, inputs)[step.writes[0]]
         if len(step.reads) < 3 or not step.reads[2] or step.reads[2] in self.found.biases:
             return output
-        error = self._target(step) - output
-        shift = _shrunk_mean(error)
+        shift = _shrunk_mean(self._target(step) - _means(output)).to(weights.dtype)
         bias = self.network.emulator.constants[step.reads[2]]
         self.found.biases[step.reads[2]] = bias + shift
-        return output + shift.reshape(-1, *[1] * (output.ndim - 2))
+        return [x if x is None else x + shift.reshape(-1, *[1] * (x.ndim - 2)) for x in output]
 
-    def _steps(self, step: Step) -> Steps | None:
-        """Return the steps of a layer's input, if it is read quantised."""
-        return self.steps[step.reads[0]] if (step.name, 0) in self.network.sites else None
+    def _rounded(self, step: Step, weights: Tensor, scales: Tensor, inputs: Parts) -> Tensor:
+        if not self.rounding or step.attributes.get("auto_pad", b"").startswith(b"SAME"):
+            return nearest(weights, scales)
+        return second_order(
+            *(step, weights, scales),
+            torch.cat([x for x in inputs if x is not None]),
+            steps=self.steps[step.reads[0]] if (step.name, 0) in self.network.sites else None,
+            seed=len(self.found.whole),
+        )
 
     def _target(self, step: Step) -> Tensor:
-        """Return what the layer should give: the float output, less an error it can make up for."""
+        """Return the means that a layer should have: float, less an error it can make up for."""
         output = step.writes[0]
-        target = self.float_values[output]
-        readers = self.network.readers(output)
-        if len(readers) != 1 or readers[0][0].op != "Add":
+        target, other = self.means[output], _beside(self.network, output)
+        if other is None or other not in self.means or other not in self.values:
             return target
-        add, index = readers[0]
-        other = add.reads[1 - index]
-        if other not in self.values:
-            return target
-        beside = self._input(add, 1 - index)
-        assert beside is not None
-        return target - (beside - self.float_values[other])
+        add, index = self.network.readers(output)[0]
+        beside = _means(self._input(add, 1 - index))
+        wanted = self.means[other]
+        return target - (beside - wanted) if len(beside) == len(wanted) == len(target) else target
 
-    def _compute(self, step: Step, inputs: list[Tensor | None]) -> Values:
-        """Return what a node writes, the costly ones computed a few samples at a time."""
-        constants = self.network.emulator.constants
-        whole = [not name or name in constants for name in step.reads]
-        lengths = [len(x) for x, c in zip(inputs, whole, strict=True) if x is not None and not c]
-        if not lengths or min(lengths) <= BATCH or step.op not in _BY_SAMPLE:
-            return self.network.emulator.compute(step, inputs)
-        parts = [
-            self.network.emulator.compute(
-                step,
-                [
-                    x if x is None or c else x[start : start + BATCH]
-                    for x, c in zip(inputs, whole, strict=True)
-                ],
-            )
-            for start in range(0, min(lengths), BATCH)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+def _means(parts: Parts) -> Tensor:
+    return torch.cat([_mean(x) for x in parts if x is not None])
 
 
 def _shrunk_mean(error: Tensor) -> Tensor:

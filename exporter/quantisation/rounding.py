@@ -35,7 +35,7 @@ _COLUMNS = 6144
 _DAMPING = 0.01
 _TOGETHER = 1152  # weights of a row that make up for one another: 128 channels of 3×3
 _BLOCK = 128  # what is owed by all behind it is one product,
-_PART = 32  # and what is owed by those behind it in the block another
+_PART = 16  # and what is owed by those behind it in the block another
 
 
 def weight_scales(weights: Tensor) -> Tensor:
@@ -131,14 +131,17 @@ def _round(systems: list[_System]) -> Tensor:
     """Return whole numbers, (systems, O, K), of systems of one shape."""
     import numpy as np
 
-    orders, factors, weights = [], [], []
-    for system in systems:
+    rows, columns = systems[0].weights.shape
+    factor = np.empty((len(systems), columns, columns), dtype=np.float32)
+    exact = np.empty((len(systems), columns, rows), dtype=np.float32)  # in steps
+    errors, owed = (np.empty_like(exact) for _ in range(2))
+    orders = []
+    for system, root, weights in zip(systems, factor, exact, strict=True):
         order = torch.argsort(system.second_moment.diagonal(), stable=True)
         orders.append(order)
-        factors.append(_root(system.second_moment[order][:, order]))
-        weights.append((system.weights / system.scales)[:, order].T.numpy())
-    factor, exact = np.stack(factors), np.stack(weights)  # of (K, K), and of (K, O) in steps
-    errors, owed = (np.zeros_like(exact) for _ in range(2))
+        in_order = system.second_moment.index_select(0, order).index_select(1, order)
+        torch.from_numpy(root).copy_(_root(in_order))
+        torch.from_numpy(weights).copy_((system.weights / system.scales)[:, order].T)
     for last in range(exact.shape[1], 0, -_BLOCK):
         first = max(last - _BLOCK, 0)
         owed[:, first:last] = factor[:, first:last, last:] @ errors[:, last:]
@@ -147,7 +150,7 @@ def _round(systems: list[_System]) -> Tensor:
             owed[:, part] += factor[:, part, stop:last] @ errors[:, stop:last]
             _round_one_by_one(exact[:, part], factor[:, part, part], owed[:, part], errors[:, part])
     whole = np.rint(exact - errors)
-    found = torch.empty(len(systems), *systems[0].weights.shape)
+    found = torch.empty(len(systems), rows, columns)
     for index, order in enumerate(orders):
         found[index, :, order] = torch.from_numpy(whole[index].T)
     return found
@@ -166,7 +169,7 @@ def _round_one_by_one(exact: Array, factor: Array, owed: Array, errors: Array) -
         np.subtract(exact[:, i], q, out=errors[:, i])
 
 
-def _root(matrix: Tensor) -> Array:
+def _root(matrix: Tensor) -> Tensor:
     """Return Cᵀ of the lower C with C·Cᵀ = H, each row over its diagonal; the identity for zeros.
 
     H is damped until it has one.
@@ -176,9 +179,9 @@ def _root(matrix: Tensor) -> Array:
     for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING) if mean > 0 else ():
         root, info = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
         if not info:
-            found: Array = (root / root.diagonal()).T.contiguous().numpy()
-            return found
-    return eye.numpy()
+            found: Tensor = root / root.diagonal()
+            return found.T
+    return eye
 
 
 def _columns(

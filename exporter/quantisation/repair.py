@@ -1,8 +1,8 @@
 """Weights and biases of a network that is quantised layer after layer, in the order it runs.
 
-Each layer is given what it will really read, everything before it quantised and repaired, and the
-float network runs beside it. Its weights are rounded for those inputs (`rounding`), and what is
-left of its error on average is taken out by its bias (Nagel et al., ICCV 2019):
+Each layer is given what it will really read, everything before it quantised and repaired. Its
+weights are rounded for those inputs (`rounding`), and what is left of its error on average, beside
+the float network on the same samples, is taken out by its bias (Nagel et al., ICCV 2019):
 
     b_o ← b_o + shrink · mean(y_o − ŷ_o)
 

@@ -330,6 +330,31 @@ def test_corrected_biases_leave_no_error_on_average(plain):
     )
 
 
+class ByPixel(nn.Module):
+    """A linear layer that sees every pixel of a batch as a row of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, stride=3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        pixels = self.conv(x).relu().permute(0, 2, 3, 1).reshape(-1, 8)
+        return self.linear(pixels).reshape(-1, 16, 10).mean(dim=1)
+
+
+def test_rows_that_are_no_samples_correct_a_bias_too(tmp_path):
+    torch.manual_seed(0)
+    module = ByPixel().eval()
+    model = exported(module, tmp_path / "net.onnx")
+    truth = float64(module, CALIBRATION)
+    errors = []
+    for corrected in (False, True):
+        options = {**PLAIN, "linear": True, "bias_correction": corrected}
+        made = convert(model, **options).model
+        errors.append(np.linalg.norm((emulated(made, CALIBRATION) - truth).mean(axis=0)))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_a_mean_that_chance_explains_is_no_reason_to_move_a_bias():
     noise = torch.randn(16, 500, 1, 1, generator=torch.Generator().manual_seed(0))
     assert float(_shrunk_mean(noise).square().sum()) < 0.6 * float(noise.mean(0).square().sum())

@@ -100,7 +100,7 @@ def _float_means(network: Network, samples: Array) -> dict[str, Tensor]:
     for x in batches(samples):
         values = network.run(x, watch=watch)
         for name, parts in found.items():
-            if values[name].ndim > 1 and len(values[name]) == len(x):
+            if values[name].ndim > 1:
                 parts.append(_mean(values[name]))
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
